@@ -1,0 +1,54 @@
+# One environment in .venv serves every target; it is made on first use and again when what it is made from changes.
+
+PYTHON ?= python3
+EXTRAS ?= test
+PY := .venv/bin/python
+DEMO := build/demo
+DIGITS := build/digits
+DEMO_NETWORK := --alpha 0.35 --resize 32 --data_url $(DIGITS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench gpu clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+
+setup: .venv/.ready ## make .venv with pinned dependencies and the project installed editable
+
+.venv/.ready: pyproject.toml setup.py .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python >= 3.11 is needed, $(PYTHON) is not: name another with make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "make: $(PYTHON) lacks venv (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	@rm -f $@
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -c .ci/constraints.txt setuptools
+	$(PY) -m pip install -q -c .ci/constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup ## train on the embedded digits and evaluate with one process and with two
+	$(PY) -m mnv2.digits $(DIGITS)
+	$(PY) train.py $(DEMO_NETWORK) --epoch_size 30 --max_lr 0.05 --warmup_epochs 5 --crop_scale 0.75 0.75 --crop_ratio 1 1 --hflip 0 --ckpt_save_dir $(DEMO)
+	$(PY) validate.py $(DEMO_NETWORK) --preprocessing torchvision --pretrained $(DEMO)/last.pt > $(DEMO)/one.txt
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node 2 \
+		validate.py $(DEMO_NETWORK) --preprocessing torchvision --pretrained $(DEMO)/last.pt > $(DEMO)/two.txt
+	@echo; echo "One process:"; tail -n 4 $(DEMO)/one.txt; echo "Two processes:"; tail -n 4 $(DEMO)/two.txt
+	@$(PY) .ci/check_demo.py $(DEMO)/one.txt $(DEMO)/two.txt
+
+test: setup ## pass the tests
+	$(PY) -m pytest tests
+
+lint: setup ## style, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: setup ## the benchmarks
+	$(PY) -m pytest bench
+
+gpu: setup ## everything that needs a GPU
+	@$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "make gpu: torch sees no CUDA GPU here, so nothing was run"; exit 1; }
+	$(PY) -m pytest tests -m gpu
+	$(PY) -m pytest bench
+
+clean: ## remove what the other targets made
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

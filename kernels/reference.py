@@ -1,0 +1,106 @@
+"""Torch twins of the public operations, with the same arguments: cuDNN on a GPU, oneDNN on a CPU.
+
+They are the truth of every parity test (in fp64), the baseline of every benchmark, and the path of every device that
+the kernels do not serve. Precision is torch's own, autocast included.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import BatchNorm, check_nhwc, check_padding
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    padding: str = "symmetric",
+) -> Tensor:
+    """Convolution of ``x [N, C, H, W]`` whose output is ``ceil(H / stride)`` by ``ceil(W / stride)``.
+
+    ``weight`` is ``[C_out, C / groups, K, K]`` with K odd. ``padding="symmetric"`` puts (K - 1) / 2 zeros on every
+    side (torchvision); ``padding="same"`` puts what TensorFlow's SAME does, the odd one at the bottom and right.
+    """
+    check_padding(padding)
+    kernel = weight.shape[-1]
+    if padding == "symmetric" or stride == 1:
+        return F.conv2d(x, weight, bias, stride, (kernel - 1) // 2, 1, groups)
+    rows, columns = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:])
+    x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+    return F.conv2d(x, weight, bias, stride, 0, 1, groups)
+
+
+def batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
+    """BatchNorm of ``x [N, C, H, W]`` over N, H and W; updates the running statistics where ``norm`` says so."""
+    momentum = norm.momentum
+    if norm.batch_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return F.batch_norm(
+        x,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.batch_stats,
+        0.0 if momentum is None else momentum,
+        norm.eps,
+    )
+
+
+def inverted_residual(
+    x: Tensor,
+    expand_weight: Tensor | None,
+    expand_norm: BatchNorm | None,
+    depthwise_weight: Tensor,
+    depthwise_norm: BatchNorm,
+    project_weight: Tensor,
+    project_norm: BatchNorm,
+    *,
+    stride: int,
+    residual: bool,
+    padding: str = "symmetric",
+) -> Tensor:
+    """Inverted residual: expand 1x1, depthwise 3x3, project 1x1, each with BatchNorm, ReLU6 after the first two.
+
+    Args:
+        x: ``[N, c_in, H, W]`` in channels_last.
+        expand_weight: ``[c_mid, c_in, 1, 1]``, or None (with ``expand_norm``) for expand ratio 1, where c_mid is c_in.
+        expand_norm: BatchNorm over c_mid channels.
+        depthwise_weight: ``[c_mid, 1, 3, 3]``.
+        depthwise_norm: BatchNorm over c_mid channels.
+        project_weight: ``[c_out, c_mid, 1, 1]``.
+        project_norm: BatchNorm over c_out channels.
+        stride: 1 or 2, of the depthwise convolution.
+        residual: add ``x`` to the result; needs stride 1 and c_in equal to c_out.
+        padding: of the depthwise convolution, ``"symmetric"`` or TensorFlow's ``"same"``.
+
+    Returns:
+        ``[N, c_out, ceil(H / stride), ceil(W / stride)]`` in channels_last.
+
+    Source: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", table 1.
+    """
+    check_nhwc("x", x)
+    if stride not in (1, 2):
+        raise ValueError(f"stride: expected 1 or 2, got {stride}")
+    if (expand_weight is None) != (expand_norm is None):
+        raise ValueError("expand_weight, expand_norm: expected both or neither, got one of them")
+    if residual and (stride != 1 or x.shape[1] != project_weight.shape[0]):
+        raise ValueError(
+            "residual: expected stride 1 and as many outputs as inputs, "
+            f"got stride {stride}, {x.shape[1]} inputs and {project_weight.shape[0]} outputs"
+        )
+    a = x
+    if expand_weight is not None and expand_norm is not None:
+        a = F.relu6(batch_norm(conv2d(x, expand_weight), expand_norm), inplace=True)
+    d = conv2d(a, depthwise_weight, stride=stride, groups=depthwise_weight.shape[0], padding=padding)
+    b = F.relu6(batch_norm(d, depthwise_norm), inplace=True)
+    y = batch_norm(conv2d(b, project_weight), project_norm)
+    return torch.add(x, y) if residual else y

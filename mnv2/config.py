@@ -1,0 +1,225 @@
+"""What a run is asked to do: frozen dataclasses, and the command lines made from them.
+
+A field's type, default and help text stand together where it is defined; the flag of a command is the field's name.
+Underscores and hyphens are the same in a flag, booleans take true/false/1/0/yes/no, lists take ``30,60`` or ``30 60``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, NoReturn, TypeVar
+
+from kernels.common import PADDINGS
+
+from .model import BACKENDS, check_alpha
+
+DEFAULT_DATA = "./dataset/imagenet"
+SYNTHETIC_PICTURES = 1024
+
+ConfigT = TypeVar("ConfigT", bound="RunConfig")
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong; the message is one line that says what was expected and what came."""
+
+
+def option(default: Any, help: str, **settings: Any) -> Any:
+    """Field of a configuration: its default, its help text and ``choices``, ``parse`` or ``const`` for its flag."""
+    return dataclasses.field(default=default, metadata={"help": help, **settings})
+
+
+def parse_bool(text: str) -> bool:
+    """Truth of ``text``: true/false, 1/0 or yes/no in any case."""
+    word = text.lower()
+    if word in ("true", "1", "yes"):
+        return True
+    if word in ("false", "0", "no"):
+        return False
+    raise ValueError(f"expected true or false, got {text!r}")
+
+
+def parse_pretrained(text: str) -> bool | str:
+    """Truth of ``text`` where it is a boolean, else the path that it is."""
+    try:
+        return parse_bool(text)
+    except ValueError:
+        return text
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What training and evaluation share."""
+
+    data_url: str = option(DEFAULT_DATA, "folder that holds train/ and val/, each with one folder of pictures a class")
+    arch: str = option("mobilenetv2", "network", choices=("mobilenetv2",))
+    alpha: float = option(1.0, "width multiplier; 1.4, 1.3, 1.0, 0.75, 0.5 and 0.35 are published")
+    resize: int = option(224, "side of the network's input in pixels")
+    num_classes: int | None = option(None, "outputs of the network; by default what the weights or the data have")
+    pretrained: bool | str = option(
+        False, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
+    )
+    backend: str = option("auto", "how the blocks run", choices=BACKENDS)
+    padding: str = option("symmetric", "zeros at stride 2: torchvision's or TensorFlow's", choices=PADDINGS)
+    batch_size: int = option(64, "pictures a step and process")
+    num_parallel_workers: int = option(8, "decoding threads a process, at most one a core")
+    class_index: str = option(
+        "auto", "a class's number: auto, folders (sorted), imagenet, or a FILE of one class a line", metavar="RULE"
+    )
+    bad_files: str = option("error", "stop at a damaged file, or leave it out", choices=("error", "skip"))
+    synthetic: int = option(0, "this many made-up pictures instead of --data_url", const=SYNTHETIC_PICTURES)
+    smooth_factor: float = option(0.1, "label smoothing of the loss, 0 for none")
+    device: str = option("auto", "where the network runs", choices=("auto", "cuda", "cpu"))
+    seed: int = option(0, "seed of weights, order and augmentation")
+
+    def __post_init__(self) -> None:
+        """Check every value that doesn't need the data to be looked at."""
+        _check(self, "alpha", check_alpha)
+        for name in ("resize", "batch_size", "num_parallel_workers"):
+            _require(self, name, lambda value: value >= 1, "a positive integer")
+        _require(self, "num_classes", lambda value: value is None or value >= 1, "a positive integer")
+        _require(self, "synthetic", lambda value: value >= 0, "a number of pictures, 0 or more")
+        _require(self, "smooth_factor", lambda value: 0 <= value < 1, "a number from 0 up to, but not, 1")
+        _require(self, "seed", lambda value: 0 <= value < 2**31, "an integer from 0 up to, but not, 2^31")
+        for field in dataclasses.fields(self):
+            choices = field.metadata.get("choices")
+            if choices:
+                _require(self, field.name, choices.__contains__, " or ".join(choices))
+
+    @property
+    def threads(self) -> int:
+        """Decoding threads: as many as asked for, at most one a core."""
+        return min(self.num_parallel_workers, len(os.sched_getaffinity(0)))
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """A training run; the defaults are the reference's recipe."""
+
+    epoch_size: int = option(200, "epochs")
+    max_lr: float = option(0.1, "learning rate at its highest")
+    min_lr: float = option(0.0, "learning rate that the cosine falls to")
+    warmup_epochs: int = option(0, "epochs of linear rise before the cosine")
+    momentum: float = option(0.9, "momentum of SGD")
+    dropout: float = option(0.2, "probability of dropping a pooled feature")
+    crop_scale: tuple[float, float] = option((0.08, 1.0), "share of a picture's area that a random crop covers")
+    crop_ratio: tuple[float, float] = option((0.75, 1.333), "width over height of a random crop")
+    hflip: float = option(0.5, "probability of a mirrored picture")
+    ckpt_save_dir: str = option("./mobilenet_v2", "folder of the checkpoint")
+
+    def __post_init__(self) -> None:
+        """Check every value that doesn't need the data to be looked at."""
+        super().__post_init__()
+        _require(self, "epoch_size", lambda value: value >= 1, "a positive integer")
+        _require(self, "max_lr", lambda value: value > 0, "a positive number")
+        _require(self, "min_lr", lambda value: 0 <= value <= self.max_lr, f"a number from 0 to max_lr {self.max_lr}")
+        _require(
+            self,
+            "warmup_epochs",
+            lambda value: 0 <= value < self.epoch_size,
+            f"an integer from 0 up to, but not, epoch_size {self.epoch_size}",
+        )
+        for name in ("momentum", "dropout"):
+            _require(self, name, lambda value: 0 <= value < 1, "a number from 0 up to, but not, 1")
+        _require(self, "hflip", lambda value: 0 <= value <= 1, "a probability")
+        _require(self, "crop_scale", lambda value: 0 < value[0] <= value[1] <= 1, "two rising numbers, over 0 to 1")
+        _require(self, "crop_ratio", lambda value: 0 < value[0] <= value[1], "two rising positive numbers")
+
+
+@dataclass(frozen=True)
+class ValidateConfig(RunConfig):
+    """An evaluation."""
+
+    pretrained: bool | str = option(
+        True, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
+    )
+    preprocessing: str = option(
+        "reference",
+        "resize and crop: short side + 32, torchvision's 256/224, timm's 0.875 bicubic, or tf's with inputs in [-1, 1]",
+        choices=("reference", "torchvision", "timm", "tf"),
+    )
+    val_labels: str | None = option(
+        None, "file of names and classes for a flat val/ (Kaggle's LOC_val_solution.csv too)", metavar="FILE"
+    )
+
+
+def _check(config: RunConfig, name: str, check: Callable[[Any], None]) -> None:
+    try:
+        check(getattr(config, name))
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+
+
+def _require(config: RunConfig, name: str, holds: Callable[[Any], bool], expected: str) -> None:
+    value = getattr(config, name)
+    if not holds(value):
+        raise InputError(f"--{name}: expected {expected}, got {value}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def parse(config: type[ConfigT], argv: Sequence[str] | None, description: str) -> ConfigT:
+    """Read the command line ``argv`` (None: the process's own) into ``config``.
+
+    A flag that is unknown or can't be read ends the process with status 2 and one line.
+    """
+    parser = _Parser(
+        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    types = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        parser.add_argument(f"--{field.name}", default=field.default, **_argument(field, types[field.name]))
+    if argv is None:
+        argv = sys.argv[1:]
+    values = vars(parser.parse_args([_underscored(word) for word in argv]))
+    for field in dataclasses.fields(config):
+        if isinstance(values[field.name], list):
+            values[field.name] = _pair(parser, field.name, values[field.name])
+    try:
+        return config(**values)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def _argument(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
+    settings = dict(field.metadata)
+    parse_value = settings.pop("parse", None)
+    if isinstance(kind, UnionType):
+        kind = next(member for member in typing.get_args(kind) if member is not type(None))
+    if typing.get_origin(kind) is tuple:
+        settings.update(nargs="+", metavar="NUMBER")
+        kind = str
+    elif kind is bool:
+        kind = parse_bool
+        settings.setdefault("const", True)
+    if "const" in settings:
+        settings.setdefault("nargs", "?")
+    settings["type"] = parse_value or kind
+    if not settings.get("choices"):
+        settings.setdefault("metavar", getattr(kind, "__name__", "value").upper())
+    return settings
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _pair(parser: _Parser, name: str, words: list[str]) -> tuple[float, float]:
+    items = [item for word in words for item in word.split(",") if item]
+    try:
+        low, high = map(float, items)
+    except ValueError:
+        parser.error(f"--{name}: expected two numbers, got {' '.join(words)}")
+    return low, high

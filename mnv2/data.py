@@ -1,0 +1,329 @@
+"""Pictures to batches: one DALI pipeline for training and evaluation, on a CPU or a GPU.
+
+A batch is NHWC in memory and is handed to torch without a copy, as a channels_last tensor. The reader's "label" is the
+picture's number in our own list, so every sample of every batch is known by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import InputError
+from .distributed import World
+
+try:
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+except ImportError as error:
+    raise ImportError(
+        f"the loader needs NVIDIA DALI ({error}): install mnv2 with the extra that fits torch's CUDA, "
+        "`pip install 'mnv2[cuda13]'` (torch from the package index, CPU builds too) or `pip install 'mnv2[cuda12]'`"
+    ) from error
+
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+_READER = "reader"
+
+
+class Batch(NamedTuple):
+    """Pictures ``images [B, 3, R, R]`` in channels_last, ``labels [B]`` int64, and ``numbers [B]`` int64 on the CPU.
+
+    A picture's number is its place in the list that the loader was given. Evaluation fills its last batch up, so that
+    every batch has one shape; such rows have number -1 and count for nothing.
+    """
+
+    images: Tensor
+    labels: Tensor
+    numbers: Tensor
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Training: a random crop of the picture resized to ``resize`` by ``resize`` pixels, perhaps mirrored.
+
+    The crop covers a share of the area within ``scale`` at a width over height within ``ratio`` (Szegedy et al. 2015);
+    ``hflip`` is the probability of mirroring. ``mean`` and ``std`` are in units of 8-bit pixel values.
+    """
+
+    resize: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (0.75, 1.333)
+    hflip: float = 0.5
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Evaluation: the short side is resized to ``shorter`` pixels and the centre of ``resize`` by ``resize`` kept.
+
+    Filters are antialiased; ``cubic`` takes the bicubic in place of the bilinear. ``mean`` and ``std`` are in units of
+    8-bit pixel values.
+    """
+
+    resize: int
+    shorter: int
+    cubic: bool = False
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+
+_PROFILES: dict[str, Callable[[int], Profile]] = {
+    "reference": lambda resize: Profile(resize, resize + 32),
+    "torchvision": lambda resize: Profile(resize, round(resize * 256 / 224)),
+    "timm": lambda resize: Profile(resize, int(resize / 0.875), cubic=True),
+    "tf": lambda resize: Profile(resize, round(resize / 0.875), mean=(127.5,) * 3, std=(127.5,) * 3),
+}
+
+
+def profile(name: str, resize: int) -> Profile:
+    """The evaluation profile called ``name`` ("reference", "torchvision", "timm" or "tf") at ``resize`` pixels."""
+    if name not in _PROFILES:
+        raise ValueError(f"name: expected one of {tuple(_PROFILES)}, got {name!r}")
+    return _PROFILES[name](resize)
+
+
+# DALI's own arguments (batch_size, num_threads, device_id, seed) go to the constructor that the decorator makes.
+@pipeline_def(enable_checkpointing=True)
+def picture_pipeline(
+    paths: Sequence[str],
+    transform: Augmentation | Profile,
+    *,
+    gpu: bool,
+    dtype: torch.dtype = torch.float32,
+    shard: int = 0,
+    shards: int = 1,
+    order_seed: int = 0,
+) -> tuple[Any, Any]:
+    """Batches of (pictures ``[R, R, 3]`` normalised in ``dtype``, their places in ``paths`` ``[1]`` int32).
+
+    With ``gpu`` JPEGs are decoded by CPU and GPU together and everything after runs on the GPU. An ``Augmentation``
+    shuffles all pictures anew each epoch, the same on every shard for one ``order_seed``; a ``Profile`` keeps their
+    order. A shard's last batch is filled up with its last picture.
+    """
+    order: dict[str, Any] = {}
+    if isinstance(transform, Augmentation):
+        order = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": order_seed}
+    encoded, places = fn.readers.file(
+        name=_READER,
+        files=list(paths),
+        labels=list(range(len(paths))),
+        shard_id=shard,
+        num_shards=shards,
+        pad_last_batch=True,
+        **order,
+    )
+    decoding: dict[str, Any] = {
+        "device": "mixed" if gpu else "cpu",
+        "output_type": types.RGB,
+        "adjust_orientation": False,  # as torchvision and PIL
+        "jpeg_fancy_upsampling": True,  # the GPU's decoder upsamples chroma as the CPU's does
+    }
+    if isinstance(transform, Augmentation):
+        pictures = fn.decoders.image_random_crop(
+            encoded, random_area=transform.scale, random_aspect_ratio=transform.ratio, **decoding
+        )
+        size: dict[str, Any] = {"size": (transform.resize, transform.resize)}
+        interpolation = types.INTERP_LINEAR
+        mirror: Any = fn.random.coin_flip(probability=transform.hflip)
+    else:
+        pictures = fn.decoders.image(encoded, **decoding)
+        size = {"resize_shorter": transform.shorter}
+        interpolation = types.INTERP_CUBIC if transform.cubic else types.INTERP_LINEAR
+        mirror = 0
+    pictures = fn.resize(pictures, interp_type=interpolation, antialias=True, **size)
+    pictures = fn.crop_mirror_normalize(
+        pictures,
+        crop=(transform.resize, transform.resize),
+        mean=list(transform.mean),
+        std=list(transform.std),
+        mirror=mirror,
+        dtype=types.FLOAT16 if dtype == torch.float16 else types.FLOAT,
+        output_layout="HWC",
+    )
+    return pictures, places
+
+
+class Loader:
+    """Iterates over the batches of an epoch; ``len()`` is their number.
+
+    Training (an ``Augmentation``) shuffles, shares the pictures out among the processes and drops the tail, so that
+    every process has floor(pictures / (batch_size * world size)) batches and no picture comes twice. Evaluation (a
+    ``Profile``) sees every picture once: process r has pictures r, r + world size, ..., whatever their number, none
+    included, and its last batch is filled up (see ``Batch``).
+
+    Args:
+        paths: files of the pictures.
+        labels: class number of each.
+        transform: how a picture becomes an input.
+        batch_size: pictures a batch and process.
+        world: the processes; a CUDA device takes the GPU pipeline.
+        dtype: of the images, float32 or float16.
+        threads: decoding threads.
+        seed: of order and augmentation.
+
+    Raises:
+        InputError: there are too few pictures for one training step, or a file can't be decoded (it is named).
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Sequence[int],
+        transform: Augmentation | Profile,
+        *,
+        batch_size: int,
+        world: World,
+        dtype: torch.dtype = torch.float32,
+        threads: int = 2,
+        seed: int = 0,
+    ):
+        if dtype not in (torch.float32, torch.float16):
+            raise ValueError(f"dtype: expected torch.float32 or torch.float16, got {dtype}")
+        if len(paths) != len(labels):
+            raise ValueError(f"labels: expected one for each of {len(paths)} paths, got {len(labels)}")
+        self._world = world
+        self._labels = torch.tensor(labels, dtype=torch.int64)
+        self._training = isinstance(transform, Augmentation)
+        # Evaluation shares the list out here, since DALI's readers can't have fewer pictures than shards.
+        self._paths = list(paths) if self._training else list(paths[world.rank :: world.size])
+        if self._training:
+            self._batches = steps_per_epoch(len(paths), batch_size, world.size)
+        else:
+            self._batches = -(-len(self._paths) // batch_size)
+        self._iterator: DALIGenericIterator | None = None
+        self._position = 0
+        if self._batches == 0:
+            return
+        gpu = world.device.type == "cuda"
+        with self._naming_bad_files():
+            pipeline = picture_pipeline(
+                self._paths,
+                transform,
+                gpu=gpu,
+                dtype=dtype,
+                shard=world.rank if self._training else 0,
+                shards=world.size if self._training else 1,
+                order_seed=seed,
+                batch_size=batch_size,
+                num_threads=threads,
+                device_id=world.device.index if gpu else None,
+                seed=seed * world.size + world.rank,
+            )
+            self._iterator = DALIGenericIterator(
+                [pipeline],
+                ["images", "places"],
+                reader_name=_READER,
+                last_batch_policy=LastBatchPolicy.FILL,
+                auto_reset=True,
+            )
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._iterator is None:
+            return
+        if self._position:
+            raise ValueError(
+                f"the epoch before was left after {self._position} of {self._batches} batches, and DALI can't go back: "
+                "make a new Loader"
+            )
+        with self._naming_bad_files():
+            # The reader's epoch may be one batch longer than training's: that batch is read and not used.
+            for step, (outputs,) in enumerate(self._iterator):
+                self._position = step + 1
+                if step < self._batches:
+                    yield self._batch(step, outputs["images"], outputs["places"].flatten().long())
+        self._position = 0
+
+    def _batch(self, step: int, images: Tensor, places: Tensor) -> Batch:
+        numbers = places if self._training else places * self._world.size + self._world.rank
+        labels = self._labels[numbers].to(images.device, non_blocking=True)
+        if not self._training:
+            rows = torch.arange(step * len(places), (step + 1) * len(places))
+            numbers = torch.where(rows < len(self._paths), numbers, -1)
+        return Batch(images.permute(0, 3, 1, 2), labels, numbers)
+
+    @contextmanager
+    def _naming_bad_files(self) -> Iterator[None]:
+        """DALI doesn't say which file it failed at: look for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            bad = first_undecodable(self._paths)
+            if bad is None:
+                raise
+            raise InputError(
+                f"{bad} looks whole but can't be decoded; mend or remove it (--bad_files can't find such a file)"
+            ) from error
+
+
+def steps_per_epoch(pictures: int, batch_size: int, processes: int) -> int:
+    """Training steps of an epoch: floor(pictures / (batch_size * processes)).
+
+    Raises:
+        InputError: there is not one.
+    """
+    steps = pictures // (batch_size * processes)
+    if steps == 0:
+        raise InputError(
+            f"--batch_size: expected at most {pictures // processes} for {pictures} pictures and {processes} "
+            f"processes, got {batch_size}: an epoch would have no step"
+        )
+    return steps
+
+
+def first_undecodable(paths: Sequence[str]) -> str | None:
+    """The first file among ``paths`` that DALI's CPU decoder fails at, decoding one after another; None if none."""
+    print(f"a picture failed to decode; looking for it among {len(paths)}", file=sys.stderr, flush=True)
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def one_by_one() -> Any:
+        encoded, _ = fn.readers.file(files=list(paths), labels=list(range(len(paths))))
+        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+
+    pipeline = one_by_one()
+    for path in paths:
+        try:
+            pipeline.run()
+        except RuntimeError:
+            return path
+    return None
+
+
+class SyntheticLoader:
+    """Made-up pictures in place of a ``Loader``: noise of ``resize`` by ``resize`` pixels with random labels.
+
+    One batch is made and given again and again, so nothing but the network takes time.
+    """
+
+    def __init__(self, pictures: int, num_classes: int, *, resize: int, batch_size: int, world: World, training: bool):
+        self._numbers = range(pictures)[world.rank :: world.size]
+        if training:
+            self._batches = steps_per_epoch(pictures, batch_size, world.size)
+        else:
+            self._batches = -(-len(self._numbers) // batch_size)
+        generator = torch.Generator().manual_seed(world.rank)
+        images = torch.randn(batch_size, resize, resize, 3, generator=generator)
+        self._images = images.to(world.device).permute(0, 3, 1, 2)
+        self._labels = torch.randint(num_classes, (batch_size,), generator=generator).to(world.device)
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        size = len(self._labels)
+        for step in range(self._batches):
+            numbers = torch.full((size,), -1)
+            real = self._numbers[step * size : (step + 1) * size]
+            numbers[: len(real)] = torch.tensor(real)
+            yield Batch(self._images, self._labels, numbers)

@@ -1,0 +1,139 @@
+"""One epoch of training, and evaluation that counts every picture once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import Batch
+from .distributed import World
+
+
+def cosine_lr(epoch: int, epochs: int, max_lr: float, min_lr: float = 0.0, warmup_epochs: int = 0) -> float:
+    """Learning rate of ``epoch`` (from 0): a linear rise over ``warmup_epochs``, then half a cosine down.
+
+    The cosine spans exactly the epochs that are left: ``max_lr`` in its first, and it would reach ``min_lr`` in the
+    epoch after the last. Source: Loshchilov and Hutter 2017, equation 5, without restarts.
+    """
+    if epoch < warmup_epochs:
+        return max_lr * (epoch + 1) / (warmup_epochs + 1)
+    share = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class TrainedEpoch:
+    """An epoch's ``steps``, the loss of its last step and its mean, over all processes, and its seconds."""
+
+    steps: int
+    last_loss: float
+    mean_loss: float
+    seconds: float
+
+
+def train_epoch(
+    model: nn.Module, batches: Iterable[Batch], optimizer: torch.optim.Optimizer, world: World, smooth_factor: float
+) -> TrainedEpoch:
+    """Train ``model`` on ``batches`` once, with cross-entropy smoothed by ``smooth_factor``.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    model.train()
+    start = time.perf_counter()
+    losses: list[Tensor] = []  # they stay on the device, so that no step waits for it
+    for batch in batches:
+        loss = F.cross_entropy(model(batch.images), batch.labels, label_smoothing=smooth_factor)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    means = world.sum(torch.stack(losses).double()) / world.size
+    if not means.isfinite().all():
+        step = int((~means.isfinite()).nonzero()[0])
+        raise FloatingPointError(f"the loss of step {step + 1} is {means[step]}: try a lower --max_lr or a warm-up")
+    return TrainedEpoch(len(losses), float(means[-1]), float(means.mean()), time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How many of ``pictures`` were right at first (``top1``) or among the first five (``top5``).
+
+    ``loss`` is the mean over the pictures, ``pictures_per_second`` counts all processes.
+    """
+
+    pictures: int
+    top1: int
+    top5: int
+    loss: float
+    pictures_per_second: float
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], pictures: int, world: World, smooth_factor: float = 0.0
+) -> Evaluation:
+    """Evaluate ``model``, in eval mode, on the ``pictures`` that the processes' ``batches`` hold together.
+
+    Each process fills a table with a row a picture; the tables are disjoint, so their sum is exact, and the result is
+    the same to the last digit for any number of processes.
+
+    Raises:
+        RuntimeError: a picture wasn't seen exactly once.
+    """
+    model.eval()
+    start = time.perf_counter()
+    numbers: list[Tensor] = []
+    results: list[Tensor] = []
+    for batch in batches:
+        logits = model(batch.images).float()
+        loss = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smooth_factor)
+        numbers.append(batch.numbers)
+        results.append(torch.stack([ranks(logits, batch.labels).double(), loss.double()]))
+    table = torch.zeros(3, pictures, dtype=torch.float64)  # times seen, rank of the true class, loss
+    if numbers:
+        number = torch.cat(numbers)
+        rows = torch.cat([torch.ones(1, len(number)), torch.cat(results, 1).cpu()])
+        table.index_add_(1, number[number >= 0], rows[:, number >= 0])
+    seen, rank, losses = world.sum(table)
+    if not bool((seen == 1).all()):
+        missed, repeated = int((seen == 0).sum()), int((seen > 1).sum())
+        raise RuntimeError(
+            f"no accuracy: of {pictures} pictures listed, {missed} were not seen and {repeated} seen more than once"
+        )
+    seconds = time.perf_counter() - start
+    return Evaluation(
+        pictures=pictures,
+        top1=int((rank < 1).sum()),
+        top5=int((rank < 5).sum()),
+        loss=math.fsum(losses.tolist()) / pictures,
+        pictures_per_second=pictures / seconds,
+    )
+
+
+def ranks(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes each row of ``logits [B, C]`` puts before the class in ``labels [B]``.
+
+    Of equal logits the lower class comes first, as ``argmax`` has it. NaN comes before everything, and where the
+    true class's own logit is NaN its rank is C: a network that gives NaN is never right.
+    """
+    true = logits.gather(1, labels[:, None])
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    before = ~(logits < true) & ~((logits == true) & (classes >= labels[:, None]))
+    return before.sum(1)
+
+
+def wilson_interval(right: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of a proportion of which ``right`` of ``total`` were seen (Wilson 1927)."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = right / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, centre - half), min(1.0, centre + half)

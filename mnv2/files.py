@@ -1,0 +1,217 @@
+"""What pictures a run sees, the class that each is of, and what is left out.
+
+The files are listed and checked here, before any decoder meets them: their order is ours, every picture has a number,
+and whatever isn't used is reported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from .config import InputError, RunConfig
+from .distributed import World
+from .integrity import faults
+from .labels import ClassIndex, class_index, read_labels
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pnm", ".ppm", ".pgm", ".pbm", ".jp2")
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of one folder: picture i is the file ``paths[i]``, of the class called ``names[i]``.
+
+    ``classes`` are the names of all classes found, sorted, those without pictures included. ``problems`` are pairs of
+    a path and what is wrong with it. ``passed_over`` counts by extension the files that are no pictures.
+    """
+
+    folder: str
+    paths: list[str]
+    names: list[str]
+    classes: list[str]
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def list_pictures(data_url: str, split: str, val_labels: str | None = None) -> Pictures:
+    """List the pictures under ``data_url/split``, sorted by path.
+
+    Every folder in it is a class, whose pictures may lie in folders of their own. A flat ``split``, one without class
+    folders, needs the file ``val_labels``, which tells the class of each picture (see ``labels.read_labels``).
+
+    Raises:
+        InputError: the folder is missing or holds no pictures, or it is flat and there is no ``val_labels``.
+    """
+    if not os.path.isdir(data_url):
+        raise InputError(
+            f"--data_url: no folder {data_url}; it should hold train/ and val/, each with one folder of pictures a "
+            "class. To try without one: `python -m mnv2.digits DIR` writes the embedded data set for --data_url DIR, "
+            "and --synthetic makes pictures up"
+        )
+    folder = os.path.join(data_url, split)
+    if not os.path.isdir(folder):
+        raise InputError(f"--data_url: expected a folder {split}/ in {data_url}, which holds {_contents(data_url)}")
+    classes = class_folders(data_url, split)
+    if val_labels is not None:
+        pictures = _list_flat(folder, val_labels)
+    elif classes:
+        pictures = _list_classes(folder, classes)
+    elif _pictures_below(folder, Counter()):
+        raise InputError(
+            f"--val_labels: expected a file that tells the classes of the pictures in {folder}, which has no class "
+            "folders (or sort them into one folder a class)"
+        )
+    else:
+        pictures = Pictures(folder, [], [], [])
+    if not pictures.paths:
+        raise InputError(f"--data_url: expected pictures in {folder}, which holds {_contents(folder)}")
+    return pictures
+
+
+def class_folders(data_url: str, split: str) -> list[str]:
+    """Sorted names of the class folders in ``data_url/split``; none where there is no such folder."""
+    folder = os.path.join(data_url, split)
+    if not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def prepare(
+    pictures: Pictures, config: RunConfig, world: World, *, outputs: int | None, trained: Sequence[str] | None = None
+) -> tuple[Pictures, ClassIndex]:
+    """Number the classes of ``pictures`` and check every file, as ``config`` says; prints what was decided.
+
+    Args:
+        pictures: what ``list_pictures`` found.
+        config: the run.
+        world: the processes.
+        outputs: outputs of the network, where known.
+        trained: names of the classes that the network's weights were trained on, by number, where known.
+
+    Returns:
+        The pictures that are used and the numbers of their classes.
+
+    Raises:
+        InputError: a class has no number, the network too few outputs, or a file is bad (see ``check_pictures``).
+    """
+    index = class_index(
+        config.class_index,
+        pictures.classes,
+        trained=trained,
+        folders=class_folders(config.data_url, "train"),
+        outputs=outputs,
+    )
+    if outputs is not None and outputs < len(index):
+        raise InputError(f"--num_classes: expected at least {len(index)} for {index.source}, got {outputs}")
+    pictures = check_pictures(pictures, config.bad_files, world, config.threads)
+    world.print(f"class numbers: {index.source}")
+    return pictures, index
+
+
+def check_pictures(pictures: Pictures, bad_files: str, world: World, threads: int = 1) -> Pictures:
+    """Look into every file, each process into its share, and return the pictures that are whole.
+
+    Prints how many pictures there are and everything that is left out.
+
+    Raises:
+        InputError: something is wrong and ``bad_files`` is "error", or nothing is left.
+    """
+    share = faults(pictures.paths[world.rank :: world.size], threads)
+    found: list[str | None] = [None] * len(pictures)
+    for rank, part in enumerate(world.gather(share)):
+        found[rank :: world.size] = part
+    problems = [*pictures.problems, *((path, bad) for path, bad in zip(pictures.paths, found, strict=True) if bad)]
+    if problems and bad_files == "error":
+        shown = "; ".join(f"{path} {problem}" for path, problem in problems[:SHOWN])
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise InputError(f"{shown}{more}. Mend or remove what is named, or leave it out with --bad_files skip")
+    for path, problem in problems:
+        world.print(f"left out: {path} {problem}")
+    kept = [i for i, bad in enumerate(found) if not bad]
+    if not kept:
+        raise InputError(f"--data_url: expected pictures in {pictures.folder}, but all {len(found)} are damaged")
+    world.print(
+        f"{pictures.folder}: {len(kept)} pictures of {len(pictures.classes)} classes"
+        + (f", {len(problems)} left out as named above" if problems else "")
+        + _passed_over(pictures.passed_over)
+    )
+    return replace(
+        pictures,
+        paths=[pictures.paths[i] for i in kept],
+        names=[pictures.names[i] for i in kept],
+        problems=problems,
+    )
+
+
+def _list_classes(folder: str, classes: list[str]) -> Pictures:
+    pictures = Pictures(folder, [], [], classes)
+    for path in _pictures_in(folder, os.listdir(folder), pictures.passed_over):
+        pictures.problems.append((path, "lies in no class folder"))
+    for name in classes:
+        found = _pictures_below(os.path.join(folder, name), pictures.passed_over)
+        if not found:
+            pictures.problems.append((os.path.join(folder, name), "is a class without pictures"))
+        pictures.paths.extend(found)
+        pictures.names.extend([name] * len(found))
+    return pictures
+
+
+def _list_flat(folder: str, val_labels: str) -> Pictures:
+    passed_over: Counter[str] = Counter()
+    paths = _pictures_below(folder, passed_over)
+    classes = read_labels(val_labels, [os.path.basename(path) for path in paths])
+    pictures = Pictures(folder, [], [], sorted(set(classes.values())), passed_over=passed_over)
+    for path in paths:
+        name = classes.pop(os.path.basename(path), None)
+        if name is None:
+            pictures.problems.append((path, f"has no class in {val_labels}"))
+        else:
+            pictures.paths.append(path)
+            pictures.names.append(name)
+    for file in classes:
+        pictures.problems.append((os.path.join(folder, file), f"is named in {val_labels} but missing"))
+    return pictures
+
+
+def _pictures_below(folder: str, passed_over: Counter[str]) -> list[str]:
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"--data_url: can't read {error.filename}: {error.strerror}")
+
+    found = []
+    for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        folders.sort()
+        found.extend(_pictures_in(place, files, passed_over))
+    return found
+
+
+def _pictures_in(folder: str, names: list[str], passed_over: Counter[str]) -> list[str]:
+    found = []
+    for name in sorted(names):
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            passed_over["hidden"] += 1
+        elif name.lower().endswith(EXTENSIONS):
+            found.append(path)
+        elif not os.path.isdir(path):
+            passed_over[os.path.splitext(name)[1].lower() or "without extension"] += 1
+    return found
+
+
+def _passed_over(counts: Counter[str]) -> str:
+    if not counts:
+        return ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    return f"; passed over as no pictures by name: {kinds}"
+
+
+def _contents(folder: str) -> str:
+    names = sorted(os.listdir(folder))
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more or "nothing"

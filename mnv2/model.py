@@ -1,0 +1,289 @@
+"""The network: MobileNetV2 in torchvision's module tree, its blocks run by the operations of `kernels`.
+
+Source: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", table 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels import BatchNorm, reference
+from kernels.common import check_padding
+
+# (expand ratio t, output channels c at alpha 1, repeats n, stride s of the first repeat)
+BLOCKS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+STEM_CHANNELS = 32
+HEAD_CHANNELS = 1280
+
+# What was published with accuracies: alpha -> resolutions.
+VARIANTS = {
+    1.4: (224,),
+    1.3: (224,),
+    1.0: (224, 192, 160, 128, 96),
+    0.75: (224, 192, 160, 128, 96),
+    0.5: (224, 192, 160, 128, 96),
+    0.35: (224, 192, 160, 128, 96),
+}
+BACKENDS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Shapes and cost of one layer for one picture.
+
+    ``kind`` is stem, block, head or classifier. ``height, width`` are the input's, ``height_out, width_out`` the
+    output's (1 by 1 for the classifier, whose input is pooled). ``c_mid`` is the expanded width of a block and ``c_in``
+    elsewhere. ``expand_macs, depthwise_macs, project_macs`` are a block's; any other layer has ``project_macs`` alone.
+    """
+
+    name: str
+    kind: str
+    c_in: int
+    c_mid: int
+    c_out: int
+    height: int
+    width: int
+    height_out: int
+    width_out: int
+    stride: int = 1
+    residual: bool = False
+    expand_macs: int = 0
+    depthwise_macs: int = 0
+    project_macs: int = 0
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the convolutions, or of the matrix product, for one picture."""
+        return self.expand_macs + self.depthwise_macs + self.project_macs
+
+
+def round_channels(channels: float, divisor: int = 8) -> int:
+    """Nearest multiple of ``divisor`` that is at least ``divisor`` and not under nine tenths of ``channels``."""
+    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * channels else rounded
+
+
+def layer_shapes(alpha: float = 1.0, resize: int = 224, num_classes: int = 1000) -> list[LayerShape]:
+    """Shapes and multiply-adds of the stem, the 17 blocks, the head and the classifier, in order.
+
+    Args:
+        alpha: width multiplier, positive.
+        resize: side of the square input in pixels, positive.
+        num_classes: outputs of the classifier, positive.
+    """
+    check_alpha(alpha)
+    for name, value in (("resize", resize), ("num_classes", num_classes)):
+        if value != int(value) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+    size, side = resize, math.ceil(resize / 2)
+    c_in = round_channels(STEM_CHANNELS * alpha)
+    layers = [_dense("features.0", "stem", 3, c_in, size, side, stride=2, taps=9)]
+    for ratio, channels, repeats, first_stride in BLOCKS:
+        c_out = round_channels(channels * alpha)
+        for stride in (first_stride, *[1] * (repeats - 1)):
+            size, side = side, math.ceil(side / stride)
+            c_mid = c_in * ratio
+            layers.append(
+                LayerShape(
+                    name=f"features.{len(layers)}",
+                    kind="block",
+                    c_in=c_in,
+                    c_mid=c_mid,
+                    c_out=c_out,
+                    height=size,
+                    width=size,
+                    height_out=side,
+                    width_out=side,
+                    stride=stride,
+                    residual=stride == 1 and c_in == c_out,
+                    expand_macs=0 if ratio == 1 else size * size * c_in * c_mid,
+                    depthwise_macs=side * side * c_mid * 9,
+                    project_macs=side * side * c_mid * c_out,
+                )
+            )
+            c_in = c_out
+    c_head = round_channels(HEAD_CHANNELS * max(1.0, alpha))
+    layers.append(_dense(f"features.{len(layers)}", "head", c_in, c_head, side, side))
+    layers.append(_dense("classifier.1", "classifier", c_head, num_classes, 1, 1))
+    return layers
+
+
+def _dense(
+    name: str, kind: str, c_in: int, c_out: int, size: int, side: int, *, stride: int = 1, taps: int = 1
+) -> LayerShape:
+    macs = side * side * c_in * c_out * taps
+    return LayerShape(name, kind, c_in, c_in, c_out, size, size, side, side, stride, project_macs=macs)
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise ValueError unless ``alpha`` is a positive finite width multiplier."""
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha: expected a positive number such as {', '.join(map(str, VARIANTS))}, got {alpha!r}")
+
+
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d`` without bias whose padding is "symmetric" or TensorFlow's "same"."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, groups: int, padding: str):
+        super().__init__(c_in, c_out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+        self.padding_rule = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``[N, c_in, H, W]`` to ``[N, c_out, ceil(H / stride), ceil(W / stride)]``."""
+        return reference.conv2d(x, self.weight, stride=self.stride[0], groups=self.groups, padding=self.padding_rule)
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution, BatchNorm, ReLU6: torchvision's ``Conv2dNormActivation`` with its names 0, 1, 2."""
+
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int, *, stride: int = 1, groups: int = 1, padding: str, norm_eps: float
+    ):
+        super().__init__(
+            Conv2d(c_in, c_out, kernel, stride, groups, padding),
+            nn.BatchNorm2d(c_out, eps=norm_eps),
+            nn.ReLU6(inplace=True),
+        )
+
+
+class InvertedResidual(nn.Module):
+    """A block of the network; ``conv`` holds its parameters under torchvision's names.
+
+    The block runs as one operation over those parameters, so hooks on the block itself fire and hooks on the modules
+    inside ``conv`` do not.
+    """
+
+    def __init__(self, shape: LayerShape, *, padding: str, norm_eps: float):
+        super().__init__()
+        self.shape = shape
+        self.padding = padding
+        c_mid = shape.c_mid
+        layers: list[nn.Module] = []
+        if shape.expand_macs:
+            layers.append(ConvNormAct(shape.c_in, c_mid, 1, padding=padding, norm_eps=norm_eps))
+        layers.append(
+            ConvNormAct(c_mid, c_mid, 3, stride=shape.stride, groups=c_mid, padding=padding, norm_eps=norm_eps)
+        )
+        layers.append(Conv2d(c_mid, shape.c_out, 1, 1, 1, padding))
+        layers.append(nn.BatchNorm2d(shape.c_out, eps=norm_eps))
+        self.conv = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[N, c_in, H, W]`` in channels_last to ``[N, c_out, ceil(H / stride), ceil(W / stride)]``."""
+        layers: list[Any] = list(self.conv)
+        *expand, depthwise, project, project_norm = layers
+        return reference.inverted_residual(
+            x,
+            expand[0][0].weight if expand else None,
+            _batch_norm(expand[0][1]) if expand else None,
+            depthwise[0].weight,
+            _batch_norm(depthwise[1]),
+            project.weight,
+            _batch_norm(project_norm),
+            stride=self.shape.stride,
+            residual=self.shape.residual,
+            padding=self.padding,
+        )
+
+
+def _batch_norm(module: nn.Module) -> BatchNorm:
+    if not isinstance(module, nn.BatchNorm2d):
+        raise TypeError(f"conv: expected nn.BatchNorm2d for each norm of the block, got {type(module).__name__}")
+    tracked = not module.training or module.track_running_stats
+    return BatchNorm(
+        module.weight,
+        module.bias,
+        module.running_mean if tracked else None,
+        module.running_var if tracked else None,
+        module.num_batches_tracked if tracked else None,
+        batch_stats=module.training or module.running_mean is None,
+        momentum=module.momentum,
+        eps=module.eps,
+    )
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 for ``[N, 3, H, W]`` pictures, returning ``[N, num_classes]`` logits.
+
+    Modules and state dict are torchvision's ``mobilenet_v2``, whose checkpoints load with ``strict=True``; so is the
+    initialisation. Weights and activations are channels_last; an input in another layout is converted once at the door.
+
+    Args:
+        alpha: width multiplier; the published ones are ``VARIANTS``, any other positive number works.
+        num_classes: outputs of the classifier.
+        dropout: probability of dropping a pooled feature in training.
+        backend: "torch" runs every block through PyTorch (cuDNN on a GPU); "auto" takes the fastest path there is for
+            the device, which is "torch" in this version; "triton" is refused while no kernel serves it.
+        padding: "symmetric" (torchvision) or "same" (TensorFlow's, asymmetric at stride 2).
+        norm_eps: epsilon of every BatchNorm; TensorFlow's weights want 1e-3.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        num_classes: int = 1000,
+        dropout: float = 0.2,
+        backend: str = "auto",
+        padding: str = "symmetric",
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+        if backend == "triton":
+            raise ValueError("backend: 'triton' has no kernels in this version; use 'auto' or 'torch'")
+        check_padding(padding)
+        if not (math.isfinite(norm_eps) and norm_eps > 0):
+            raise ValueError(f"norm_eps: expected a positive number, got {norm_eps!r}")
+        stem, *blocks, head, classifier = layer_shapes(alpha, num_classes=num_classes)
+
+        self.alpha = alpha
+        self.num_classes = num_classes
+        self.backend = backend
+        self.padding = padding
+        self.norm_eps = norm_eps
+        self.features = nn.Sequential(
+            ConvNormAct(3, stem.c_out, 3, stride=2, padding=padding, norm_eps=norm_eps),
+            *[InvertedResidual(shape, padding=padding, norm_eps=norm_eps) for shape in blocks],
+            ConvNormAct(head.c_in, head.c_out, 1, padding=padding, norm_eps=norm_eps),
+        )
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(classifier.c_in, num_classes))
+        self._initialise()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0.0, 0.01)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[N, num_classes]`` of pictures ``[N, 3, H, W]``, best given in channels_last."""
+        if x.dim() != 4 or x.shape[1] != 3:
+            raise ValueError(f"x: expected pictures [N, 3, H, W], got shape {tuple(x.shape)}")
+        x = self.features(x.contiguous(memory_format=torch.channels_last))
+        return self.classifier(x.mean((2, 3)))
+
+    def layer_shapes(self, resize: int = 224) -> Sequence[LayerShape]:
+        """Shapes and multiply-adds of this network's layers for a square picture of side ``resize``."""
+        return layer_shapes(self.alpha, resize, self.num_classes)

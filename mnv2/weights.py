@@ -1,0 +1,117 @@
+"""Weights from files: nothing that a file holds is run, and names and shapes are checked before they are used."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .config import InputError
+from .model import MobileNetV2
+
+_CLASSIFIER = "classifier.1.weight"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict in torchvision's names, its file, and the ``classes`` it was trained on where they are recorded."""
+
+    path: str
+    state: Mapping[str, Tensor]
+    classes: list[str] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier."""
+        return len(self.state[_CLASSIFIER])
+
+    def load_into(self, model: MobileNetV2) -> None:
+        """Copy the weights into ``model``.
+
+        Raises:
+            InputError: a name or a shape doesn't fit; the first one is told.
+        """
+        wanted = model.state_dict()
+        for name, tensor in wanted.items():
+            if name not in self.state:
+                raise InputError(f"--pretrained: {self.path} lacks {name}, which MobileNetV2 needs")
+            if self.state[name].shape != tensor.shape:
+                raise InputError(
+                    f"--pretrained: {self.path} holds {name} of shape {tuple(self.state[name].shape)}, but the network "
+                    f"with --alpha {model.alpha} and {model.num_classes} classes has {tuple(tensor.shape)}"
+                )
+        for name in self.state:
+            if name not in wanted:
+                raise InputError(f"--pretrained: {self.path} holds {name}, which MobileNetV2 doesn't have")
+        model.load_state_dict(dict(self.state))
+
+
+def find(pretrained: bool | str, alpha: float, resize: int) -> Weights | None:
+    """The weights that ``--pretrained`` asks for: None for False, a file by its path, the weights folder for True.
+
+    The weights folder is ``$MNV2_WEIGHTS``, else ``mnv2`` in the user's cache.
+
+    Raises:
+        InputError: the file is missing, damaged, or no weights; for True the message says where a file would go.
+    """
+    if pretrained is False:
+        return None
+    if pretrained is True:
+        path = default_path(alpha, resize)
+        if not os.path.exists(path):
+            raise InputError(
+                f"--pretrained: no weights at {path}; put a safetensors file with torchvision's names there, name a "
+                "file with --pretrained FILE, or say --pretrained False for a network that has learnt nothing"
+            )
+        return read(path)
+    assert isinstance(pretrained, str)
+    return read(pretrained)
+
+
+def default_path(alpha: float, resize: int) -> str:
+    """Where the weights of a variant are looked for."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.environ.get("MNV2_WEIGHTS") or os.path.join(cache, "mnv2")
+    return os.path.join(folder, f"mobilenetv2_{alpha}_{resize}.safetensors")
+
+
+def read(path: str) -> Weights:
+    """Read a file of weights: safetensors, a state dict, or one of our checkpoints, known by content, not by name.
+
+    Raises:
+        InputError: the file can't be read, or holds something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+            return _weights(path, load_file(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"--pretrained: can't read {path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"--pretrained: {path} is no file of plain weights (nothing in it was run)") from None
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        cause = str(error).splitlines()[0]
+        raise InputError(f"--pretrained: {path} is damaged or no file of weights ({cause})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--pretrained: expected a state dict in {path}, got {type(content).__name__}")
+    if isinstance(content.get("model"), dict):
+        return _weights(path, content["model"], content.get("classes"))
+    return _weights(path, content)
+
+
+def _weights(path: str, state: Mapping[str, Tensor], classes: list[str] | None = None) -> Weights:
+    other = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if other is not None:
+        raise InputError(f"--pretrained: expected a tensor for every name in {path}, but {other!r} is none")
+    if _CLASSIFIER not in state or state[_CLASSIFIER].dim() != 2:
+        names = ", ".join(list(state)[:3]) or "nothing"
+        raise InputError(f"--pretrained: expected torchvision's names in {path}, {_CLASSIFIER} too, got {names} ...")
+    return Weights(path, state, classes)

@@ -1,0 +1,70 @@
+"""Evaluate MobileNetV2.
+
+    python validate.py --alpha 0.75 --resize 192 --pretrained True --data_url ./dataset/imagenet
+
+Under torchrun the pictures are shared out among the processes; the result is the same. `--help` lists the flags.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from mnv2 import MobileNetV2, weights
+from mnv2.config import InputError, ValidateConfig, parse
+from mnv2.data import Loader, SyntheticLoader, profile
+from mnv2.distributed import World, world
+from mnv2.engine import Evaluation, evaluate
+from mnv2.files import list_pictures, prepare
+from mnv2.logs import evaluation_lines
+
+
+def validate(config: ValidateConfig, world: World) -> Evaluation:
+    """Evaluate as ``config`` says."""
+    torch.manual_seed(config.seed)
+    pictures = None if config.synthetic else list_pictures(config.data_url, "val", config.val_labels)
+    trained = weights.find(config.pretrained, config.alpha, config.resize)
+    outputs = config.num_classes or (trained.num_classes if trained else None)
+    loader: Loader | SyntheticLoader
+    if pictures is None:
+        total, num_classes = config.synthetic, outputs or 1000
+        shape = {"resize": config.resize, "batch_size": config.batch_size}
+        loader = SyntheticLoader(total, num_classes, **shape, world=world, training=False)
+    else:
+        classes = trained.classes if trained else None
+        pictures, index = prepare(pictures, config, world, outputs=outputs, trained=classes)
+        total, num_classes = len(pictures), outputs or len(index)
+        loader = Loader(
+            pictures.paths,
+            index.labels(pictures.names),
+            profile(config.preprocessing, config.resize),
+            batch_size=config.batch_size,
+            world=world,
+            threads=config.threads,
+        )
+    model = MobileNetV2(config.alpha, num_classes, backend=config.backend, padding=config.padding)
+    if trained is not None:
+        trained.load_into(model)
+    world.print(
+        f"alpha {config.alpha}, {config.resize} px, {num_classes} classes, preprocessing {config.preprocessing}, "
+        f"weights: {trained.path if trained else 'none, the network has learnt nothing'}"
+    )
+    return evaluate(model.to(world.device), loader, total, world, config.smooth_factor)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    config = parse(ValidateConfig, argv, "Evaluate MobileNetV2.")
+    try:
+        with world(config.device) as here:
+            here.print(evaluation_lines(validate(config, here), config.smooth_factor))
+    except (InputError, OSError) as error:
+        print(f"validate.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
