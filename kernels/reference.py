@@ -88,6 +88,7 @@ def inverted_residual(
     Source: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", table 1.
     """
     check_nhwc("x", x)
+    check_padding(padding)
     if stride not in (1, 2):
         raise ValueError(f"stride: expected 1 or 2, got {stride}")
     if (expand_weight is None) != (expand_norm is None):

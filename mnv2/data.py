@@ -19,7 +19,7 @@ from .config import InputError
 from .distributed import World
 
 try:
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, math, pipeline_def, types
     from nvidia.dali.plugin.base_iterator import LastBatchPolicy
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 except ImportError as error:
@@ -131,18 +131,20 @@ def picture_pipeline(
         pictures = fn.decoders.image_random_crop(
             encoded, random_area=transform.scale, random_aspect_ratio=transform.ratio, **decoding
         )
-        size: dict[str, Any] = {"size": (transform.resize, transform.resize)}
-        interpolation = types.INTERP_LINEAR
+        size: Any = (transform.resize, transform.resize)
+        interpolation, position = types.INTERP_LINEAR, (0.0, 0.0)
         mirror: Any = fn.random.coin_flip(probability=transform.hflip)
     else:
         pictures = fn.decoders.image(encoded, **decoding)
-        size = {"resize_shorter": transform.shorter}
+        size, position = _short_side_and_centre(pictures.shape(), transform)
         interpolation = types.INTERP_CUBIC if transform.cubic else types.INTERP_LINEAR
         mirror = 0
-    pictures = fn.resize(pictures, interp_type=interpolation, antialias=True, **size)
+    pictures = fn.resize(pictures, size=size, interp_type=interpolation, antialias=True)
     pictures = fn.crop_mirror_normalize(
         pictures,
         crop=(transform.resize, transform.resize),
+        crop_pos_y=position[0],
+        crop_pos_x=position[1],
         mean=list(transform.mean),
         std=list(transform.std),
         mirror=mirror,
@@ -150,6 +152,23 @@ def picture_pipeline(
         output_layout="HWC",
     )
     return pictures, places
+
+
+def _short_side_and_centre(shape: Any, transform: Profile) -> tuple[Any, tuple[Any, Any]]:
+    """Size to resize to and place of the crop (0 to 1), down and across, to the pixel as torchvision has them.
+
+    The long side is rounded down. Half a pixel of the crop's corner goes to the even neighbour, as in Python's round;
+    DALI's own centre takes the upper.
+    """
+    shape = fn.cast(shape, dtype=types.INT64)
+    sides = [shape[axis] * transform.shorter // math.min(shape[0], shape[1]) for axis in (0, 1)]
+    places = []
+    for side in sides:
+        margin = side - transform.resize
+        corner = margin // 2
+        corner = corner + (margin & 1) * (corner & 1)
+        places.append(corner / math.max(margin, 1))
+    return fn.cast(fn.stack(*sides), dtype=types.FLOAT), (places[0], places[1])
 
 
 class Loader:

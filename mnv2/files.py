@@ -186,7 +186,8 @@ def _pictures_below(folder: str, passed_over: Counter[str]) -> list[str]:
 
     found = []
     for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        folders.sort()
+        passed_over["hidden"] += sum(name.startswith(".") for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found.extend(_pictures_in(place, files, passed_over))
     return found
 
@@ -205,10 +206,8 @@ def _pictures_in(folder: str, names: list[str], passed_over: Counter[str]) -> li
 
 
 def _passed_over(counts: Counter[str]) -> str:
-    if not counts:
-        return ""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    return f"; passed over as no pictures by name: {kinds}"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common() if count)
+    return f"; passed over as no pictures by name: {kinds}" if kinds else ""
 
 
 def _contents(folder: str) -> str:

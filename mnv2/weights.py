@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -90,15 +89,17 @@ def read(path: str) -> Weights:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
-        if start[8:] == b"{":  # safetensors: eight bytes of length, then JSON
-            return _weights(path, load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"--pretrained: can't read {path}: {error.strerror or error}") from None
+        raise InputError(f"--pretrained: can't read {path}: {error.strerror}") from None
+    try:
+        if start[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+            content: object = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(f"--pretrained: {path} is no file of plain weights (nothing in it was run)") from None
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        cause = str(error).splitlines()[0]
+    except Exception as error:  # a damaged file can fail anywhere in its reader
+        cause = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"--pretrained: {path} is damaged or no file of weights ({cause})") from None
     if not isinstance(content, dict):
         raise InputError(f"--pretrained: expected a state dict in {path}, got {type(content).__name__}")

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from mnv2.config import InputError, TrainConfig, ValidateConfig, parse
+
+
+def train(*words: str) -> TrainConfig:
+    return parse(TrainConfig, words, "Train.")
+
+
+def test_the_defaults_are_the_references_recipe():
+    config = train()
+    assert config == TrainConfig()
+    expected = {
+        "arch": "mobilenetv2", "alpha": 1.0, "resize": 224, "epoch_size": 200, "batch_size": 64, "max_lr": 0.1,
+        "min_lr": 0.0, "momentum": 0.9, "smooth_factor": 0.1, "num_parallel_workers": 8, "pretrained": False,
+        "ckpt_save_dir": "./mobilenet_v2", "data_url": "./dataset/imagenet", "crop_scale": (0.08, 1.0), "hflip": 0.5,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert parse(ValidateConfig, [], "").pretrained is True
+
+
+def test_what_users_type():
+    words = "--arch mobilenetv2 --alpha 0.75 --resize 192 --pretrained True --data_url ./dataset/x"
+    config = train(*words.split())
+    assert (config.alpha, config.resize, config.pretrained, config.data_url) == (0.75, 192, True, "./dataset/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("True", True), ("false", False), ("1", True), ("0", False), ("YES", True), ("no", False), ("w.pth", "w.pth")],
+)
+def test_pretrained_is_a_boolean_or_a_file(text, value):
+    for words in (["--pretrained", text], [f"--pretrained={text}"]):
+        pretrained = train(*words).pretrained
+        assert pretrained == value
+        assert type(pretrained) is type(value)
+
+
+def test_underscores_and_hyphens_are_the_same():
+    config = train("--data-url", "some-folder_of-mine", "--crop-scale=0.5,1", "--warmup-epochs=2")
+    assert (config.data_url, config.crop_scale, config.warmup_epochs) == ("some-folder_of-mine", (0.5, 1.0), 2)
+
+
+@pytest.mark.parametrize("words", [["0.2", "0.8"], ["0.2,0.8"], ["0.2,", "0.8"]], ids=str)
+def test_lists_take_commas_and_spaces(words):
+    assert train("--crop_scale", *words).crop_scale == (0.2, 0.8)
+
+
+def test_a_flag_without_its_value():
+    assert train("--synthetic").synthetic == 1024
+    assert train("--synthetic", "77").synthetic == 77
+    assert train("--pretrained").pretrained is True
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--alpa 1", "unrecognized arguments: --alpa 1"),
+        ("--alph 1", "unrecognized arguments"),
+        ("--alpha wide", "argument --alpha: invalid float value: 'wide'"),
+        ("--alpha -1", "--alpha: expected a positive number .*, got -1.0"),
+        ("--alpha nan", "--alpha: expected a positive number"),
+        ("--arch resnet50", "argument --arch: invalid choice: 'resnet50'"),
+        ("--resize 0", "--resize: expected a positive integer, got 0"),
+        ("--resize 224.5", "argument --resize: invalid int value"),
+        ("--batch_size 0", "--batch_size: expected a positive integer, got 0"),
+        ("--num_classes 0", "--num_classes: expected a positive integer, got 0"),
+        ("--smooth_factor 1", "--smooth_factor: expected a number from 0 up to, but not, 1, got 1.0"),
+        ("--epoch_size 0", "--epoch_size: expected a positive integer, got 0"),
+        ("--max_lr nan", "--max_lr: expected a positive number"),
+        ("--min_lr 0.2", "--min_lr: expected a number from 0 to max_lr 0.1, got 0.2"),
+        (
+            "--epoch_size 5 --warmup_epochs 5",
+            "--warmup_epochs: expected an integer from 0 up to, but not, epoch_size 5",
+        ),
+        ("--crop_scale 0.5", "--crop_scale: expected two numbers, got 0.5"),
+        ("--crop_scale 0.8 0.5", "--crop_scale: expected two rising numbers"),
+        ("--crop_scale 0.5 nan", "--crop_scale: expected two rising numbers"),
+        ("--crop_ratio a b", "--crop_ratio: expected two numbers, got a b"),
+        ("--hflip 1.5", "--hflip: expected a probability, got 1.5"),
+        ("--bad_files ignore", "argument --bad_files: invalid choice"),
+        ("--seed -1", "--seed: expected an integer from 0"),
+    ],
+)
+def test_a_wrong_flag_ends_with_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train(*words.split())
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert re.search(message, printed)
+
+
+def test_a_wrong_field_is_refused_in_code_too():
+    with pytest.raises(InputError, match="--bad_files: expected error or skip, got ignore"):
+        TrainConfig(bad_files="ignore")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().alpha = 2.0
+
+
+@pytest.mark.parametrize("config", [TrainConfig, ValidateConfig])
+def test_help_describes_every_flag(config, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(config, ["--help"], "Words.")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(config):
+        assert f"--{field.name}" in text
+        assert field.metadata["help"]
+
+
+def test_no_more_threads_than_cores():
+    assert 1 <= TrainConfig(num_parallel_workers=10_000).threads < 10_000
+    assert TrainConfig(num_parallel_workers=1).threads == 1

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import os
+import pickle
+import stat
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mnv2 import MobileNetV2, checkpoint, weights
+from mnv2.config import InputError, TrainConfig
+
+
+@pytest.fixture
+def model():
+    return MobileNetV2(0.35, num_classes=4)
+
+
+def contiguous(model):
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
+def save(model, path, kind):
+    if kind == "safetensors":
+        save_file(contiguous(model), path)
+    elif kind == "state dict":
+        torch.save(model.state_dict(), path)
+    elif kind == "old state dict":
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
+    else:
+        checkpoint.save(str(path), model, config=TrainConfig(), classes=["a", "b", "c", "d"], epoch=3)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "state dict", "old state dict", "checkpoint"])
+def test_weights_come_back_as_they_were(model, tmp_path, kind):
+    path = tmp_path / "weights"  # known by content, not by name
+    save(model, path, kind)
+    read = weights.read(str(path))
+    assert read.num_classes == 4
+    assert read.classes == (["a", "b", "c", "d"] if kind == "checkpoint" else None)
+    other = MobileNetV2(0.35, num_classes=4)
+    read.load_into(other)
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_checkpoint_is_plain_and_whole(model, tmp_path):
+    path = tmp_path / "new" / "last.pt"
+    config = TrainConfig(alpha=0.35, pretrained="x.pth")
+    checkpoint.save(str(path), model, config=config, classes=None, epoch=7)
+    content = torch.load(path, weights_only=True)
+    assert content["epoch"] == 7
+    assert TrainConfig(**content["config"]) == config
+    assert os.listdir(path.parent) == ["last.pt"]
+    assert stat.S_IMODE(path.stat().st_mode) & 0o400
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(str(path), model, config=TrainConfig(), classes=None, epoch=1)
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(str(path), model, config=TrainConfig(), classes=None, epoch=2)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda path: None, "can't read .*: No such file"),
+        (lambda path: path.mkdir(), "can't read .*: Is a directory"),
+        (lambda path: path.write_bytes(b""), "is damaged or no file of weights"),
+        (lambda path: path.write_bytes(b"<html>404 not found</html>" * 10), "is no file of plain weights|is damaged"),
+        (lambda path: path.write_bytes(pickle.dumps(Harmful())), "is no file of plain weights"),
+        (lambda path: torch.save({"model": Harmful()}, path), "is no file of plain weights"),
+        (lambda path: torch.save([1, 2], path), "expected a state dict in .*, got list"),
+        (lambda path: torch.save({}, path), "expected torchvision's names"),
+        (lambda path: torch.save({"epoch": 3}, path), "expected a tensor for every name in .*, but 'epoch' is none"),
+        (lambda path: save_file({"conv_stem.weight": torch.ones(1)}, path), "expected .* got conv_stem"),
+        (lambda path: cut(path, lambda p: save_file({"classifier.1.weight": torch.ones(4, 1280)}, p)), "is damaged"),
+        (lambda path: cut(path, lambda p: torch.save({"classifier.1.weight": torch.ones(4, 1280)}, p)), "is damaged"),
+    ],
+    ids=[
+        "missing", "folder", "empty", "html", "pickle", "pickle-in-zip", "list", "nothing", "numbers", "timm",
+        "cut-safetensors", "cut-pth",
+    ],
+)  # fmt: skip
+def test_what_is_no_file_of_weights_is_refused_and_not_run(tmp_path, monkeypatch, write, words):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "weights"
+    write(path)
+    with pytest.raises(InputError, match=words) as caught:
+        weights.read(str(path))
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "harm").exists()
+
+
+def cut(path, write):
+    write(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def test_weights_of_another_network_are_refused_by_the_first_name(model, tmp_path):
+    path = tmp_path / "weights"
+    save_file(contiguous(model), path)
+    read = weights.read(str(path))
+    with pytest.raises(InputError, match=r"features.0.0.weight of shape \(16, 3, 3, 3\), but .*--alpha 1.0 .*\(32, 3"):
+        read.load_into(MobileNetV2(1.0, 4))
+    with pytest.raises(InputError, match=r"classifier.1.weight of shape \(4, 1280\), .* 7 classes has \(7, 1280\)"):
+        read.load_into(MobileNetV2(0.35, 7))
+    for change, words in (
+        (lambda state: state.pop("features.3.conv.1.0.weight"), "lacks features.3.conv.1.0.weight"),
+        (lambda state: state.update({"extra.weight": torch.ones(1)}), "holds extra.weight"),
+    ):
+        state = contiguous(model)
+        change(state)
+        with pytest.raises(InputError, match=words):
+            weights.Weights("x", state).load_into(model)
+
+
+def test_a_failed_load_changes_nothing(model):
+    before = contiguous(model)
+    with pytest.raises(InputError):
+        weights.Weights("x", {**contiguous(MobileNetV2(0.35, 4)), "extra": torch.ones(1)}).load_into(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_true_looks_into_the_weights_folder(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("MNV2_WEIGHTS", str(tmp_path))
+    expected = tmp_path / "mobilenetv2_0.35_96.safetensors"
+    with pytest.raises(InputError, match=f"no weights at {expected}; put a safetensors file .* --pretrained False"):
+        weights.find(True, 0.35, 96)
+    save_file(contiguous(model), expected)
+    assert weights.find(True, 0.35, 96).path == str(expected)
+    assert weights.find(False, 0.35, 96) is None
+
+    monkeypatch.delenv("MNV2_WEIGHTS")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert weights.default_path(1.0, 224) == str(tmp_path / "cache" / "mnv2" / "mobilenetv2_1.0_224.safetensors")
