@@ -1,0 +1,63 @@
+"""What all benchmarks share: where results go, and what is written beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "triton", "numpy", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", action="store_true", help="write the figures to bench/results/")
+
+
+def surroundings() -> dict[str, Any]:
+    """Command, commit, versions and device of this run."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
+    return {
+        "command": shlex.join(["pytest", *sys.argv[1:]]),
+        "commit": commit,
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def processor() -> str:
+    with open("/proc/cpuinfo") as file:
+        return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+
+
+@pytest.fixture
+def record(request) -> Callable[[str, dict[str, Any]], None]:
+    """Print a row of figures, and with --record put it into ``bench/results/NAME.json``."""
+
+    def write(name: str, row: dict[str, Any]) -> None:
+        print(f"\n{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
+        if not request.config.getoption("--record"):
+            return
+        path = RESULTS / f"{name}.json"
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = [old for old in rows if old["case"] != row["case"]] + [row]
+        path.write_text(json.dumps({**surroundings(), "rows": rows}, indent=2) + "\n")
+
+    return write
