@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mnv2 import MobileNetV2, checkpoint, weights
-from mnv2.config import InputError, TrainConfig, parse
+from mnv2 import MobileNetV2, checkpoint, layer_shapes, weights
+from mnv2.config import InputError, TrainConfig, exit_status, parse
 from mnv2.data import Augmentation, Loader, SyntheticLoader
 from mnv2.distributed import World, world
 from mnv2.engine import cosine_lr, train_epoch
@@ -28,6 +28,8 @@ from mnv2.logs import epoch_lines
 def train(config: TrainConfig, world: World) -> str:
     """Train as ``config`` says and return the path of the checkpoint."""
     torch.manual_seed(config.seed)
+    if world.rank == 0:
+        checkpoint.prepare(config.ckpt_save_dir)
     loader, num_classes, classes = make_loader(config, world)
     model = make_model(config, num_classes, world)
     optimizer = torch.optim.SGD(model.parameters(), config.max_lr, config.momentum)
@@ -71,6 +73,11 @@ def make_loader(config: TrainConfig, world: World) -> tuple[Loader | SyntheticLo
 
 def make_model(config: TrainConfig, num_classes: int, world: World) -> nn.Module:
     """The network on its device, wrapped for several processes where there are several."""
+    *_, head, _ = layer_shapes(config.alpha, config.resize)
+    if config.batch_size * head.height * head.width == 1:
+        raise InputError(
+            f"--batch_size: expected 2 or more at --resize {config.resize}, for BatchNorm's statistics, got 1"
+        )
     start = weights.find(config.pretrained, config.alpha, config.resize)
     model = MobileNetV2(config.alpha, num_classes, config.dropout, config.backend, config.padding)
     if start is not None:
@@ -85,14 +92,12 @@ def make_model(config: TrainConfig, num_classes: int, world: World) -> nn.Module
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     config = parse(TrainConfig, argv, "Train MobileNetV2.")
-    try:
+
+    def action() -> None:
         with world(config.device) as here:
-            path = train(config, here)
-            here.print(f"checkpoint: {path}")
-    except (InputError, FloatingPointError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+            here.print(f"checkpoint: {train(config, here)}")
+
+    return exit_status("train.py", action)
 
 
 if __name__ == "__main__":

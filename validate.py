@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from mnv2 import MobileNetV2, weights
-from mnv2.config import InputError, ValidateConfig, parse
+from mnv2.config import ValidateConfig, exit_status, parse
 from mnv2.data import Loader, SyntheticLoader, profile
 from mnv2.distributed import World, world
 from mnv2.engine import Evaluation, evaluate
@@ -57,13 +57,12 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     config = parse(ValidateConfig, argv, "Evaluate MobileNetV2.")
-    try:
+
+    def action() -> None:
         with world(config.device) as here:
             here.print(evaluation_lines(validate(config, here), config.smooth_factor))
-    except (InputError, OSError) as error:
-        print(f"validate.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_status("validate.py", action)
 
 
 if __name__ == "__main__":

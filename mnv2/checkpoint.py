@@ -11,7 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import TrainConfig
+from .config import InputError, TrainConfig
+
+
+def prepare(folder: str) -> None:
+    """Make ``folder`` and try to write there, so that a run doesn't find out at its end that it can't be saved.
+
+    Raises:
+        InputError: the folder can't be made or written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--ckpt_save_dir: can't write to {folder}: {error.strerror}") from None
 
 
 def save(path: str, model: nn.Module, *, config: TrainConfig, classes: list[str] | None, epoch: int) -> None:

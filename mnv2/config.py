@@ -30,6 +30,23 @@ class InputError(ValueError):
     """Something that the user gave is wrong; the message is one line that says what was expected and what came."""
 
 
+class RunError(RuntimeError):
+    """A run can't go on, or its result can't be trusted; the message is one line that says why."""
+
+
+def exit_status(script: str, action: Callable[[], None]) -> int:
+    """Do ``action`` and return the exit status of ``script``; what is expected to go wrong becomes one line."""
+    try:
+        action()
+    except (InputError, RunError, OSError) as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
 def option(default: Any, help: str, **settings: Any) -> Any:
     """Field of a configuration: its default, its help text and ``choices``, ``parse`` or ``const`` for its flag."""
     return dataclasses.field(default=default, metadata={"help": help, **settings})

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import RunError
 from .data import Batch
 from .distributed import World
 
@@ -44,7 +45,7 @@ def train_epoch(
     """Train ``model`` on ``batches`` once, with cross-entropy smoothed by ``smooth_factor``.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        RunError: the loss is no longer finite.
     """
     model.train()
     start = time.perf_counter()
@@ -58,7 +59,7 @@ def train_epoch(
     means = world.sum(torch.stack(losses).double()) / world.size
     if not means.isfinite().all():
         step = int((~means.isfinite()).nonzero()[0])
-        raise FloatingPointError(f"the loss of step {step + 1} is {means[step]}: try a lower --max_lr or a warm-up")
+        raise RunError(f"the loss of step {step + 1} is {means[step]}: try a lower --max_lr or a warm-up")
     return TrainedEpoch(len(losses), float(means[-1]), float(means.mean()), time.perf_counter() - start)
 
 
@@ -86,7 +87,7 @@ def evaluate(
     the same to the last digit for any number of processes.
 
     Raises:
-        RuntimeError: a picture wasn't seen exactly once.
+        RunError: a picture wasn't seen exactly once.
     """
     model.eval()
     start = time.perf_counter()
@@ -105,7 +106,7 @@ def evaluate(
     seen, rank, losses = world.sum(table)
     if not bool((seen == 1).all()):
         missed, repeated = int((seen == 0).sum()), int((seen > 1).sum())
-        raise RuntimeError(
+        raise RunError(
             f"no accuracy: of {pictures} pictures listed, {missed} were not seen and {repeated} seen more than once"
         )
     seconds = time.perf_counter() - start

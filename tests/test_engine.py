@@ -8,6 +8,7 @@ from samples import settled
 from torch import nn
 
 from mnv2 import MobileNetV2
+from mnv2.config import RunError
 from mnv2.data import Batch
 from mnv2.distributed import World
 from mnv2.engine import Evaluation, cosine_lr, evaluate, ranks, train_epoch, wilson_interval
@@ -67,7 +68,7 @@ def test_counts_are_those_of_a_written_out_evaluation(table, split):
 )
 def test_no_accuracy_where_not_every_picture_was_seen_once(table, split, words):
     logits, labels = table
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(RunError, match=words):
         evaluate(Table(logits), batches(labels, split), 11, World())
 
 
@@ -155,7 +156,7 @@ def test_an_epoch_is_sgd_on_smoothed_cross_entropy():
 def test_a_loss_that_is_not_finite_stops_training():
     model = MobileNetV2(0.35, 4)
     optimizer = torch.optim.SGD(model.parameters(), 1e30)
-    with pytest.raises(FloatingPointError, match=r"the loss of step \d+ is (nan|inf): try a lower --max_lr"):
+    with pytest.raises(RunError, match=r"the loss of step \d+ is (nan|inf): try a lower --max_lr"):
         train_epoch(model, training_batches(4), optimizer, World(), 0.0)
 
 

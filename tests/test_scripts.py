@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,8 @@ def test_synthetic_pictures_need_no_data(tmp_path, capsys, monkeypatch):
         ("train.py", "--data_url {photos} --class_index imagenet", "--class_index: ImageNet-1k's own order"),
         ("train.py", "--data_url {photos} --class_index no.txt", "--class_index: can't read no.txt"),
         ("train.py", "--synthetic 64 --alpha 0.35 --resize 32 --max_lr 1e30 --epoch_size 9", "the loss of step .* is"),
+        ("train.py", "--synthetic --resize 32 --batch_size 1", "--batch_size: expected 2 or more at --resize 32"),
+        ("train.py", "--synthetic --ckpt_save_dir /dev/null/x", "--ckpt_save_dir: can't write to /dev/null/x: Not a"),
         ("train.py", "--data_url {photos} --device cuda", "--device: expected a CUDA GPU"),
     ],
 )
@@ -189,6 +192,34 @@ def test_a_launchers_variable_that_is_no_number(variable):
     done = run("train.py", "--synthetic", **{variable: "one"})
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"train.py: {variable}: expected an integer in the environment, got 'one'"
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: 2 processes are announced, but RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE: 2 processes are announced, but MASTER_ADDR is not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "RANK: expected 0 to 1 for a WORLD_SIZE of 2, got 2",
+        ),
+    ],
+    ids=["no-rank", "no-address", "rank-too-high"],
+)
+def test_half_a_launchers_variables(environment, words):
+    done = run("train.py", "--synthetic", **environment)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"train.py: {words}")
+
+
+def test_an_interrupt_is_no_traceback(tmp_path):
+    command = [sys.executable, ROOT / "train.py", *SMALL, "--synthetic", "64", "--ckpt_save_dir", tmp_path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("Epoch:"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=100)[1] == "train.py: interrupted\n"
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
