@@ -79,7 +79,7 @@ def class_index(
         return _checked(_read_index(rule), f"the file {rule}", found)
     if rule == "trained":
         assert trained is not None
-        return _checked({name: number for number, name in enumerate(trained)}, "the weights' own record", found)
+        return _checked({name: number for number, name in enumerate(trained) if name}, "the weights' own record", found)
     if rule == "imagenet":
         return _checked(imagenet, "ImageNet-1k's own order of its WordNet ids", found)
     names = sorted(folders or found)

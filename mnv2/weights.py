@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors.torch import load_file
@@ -19,11 +19,12 @@ _CLASSIFIER = "classifier.1.weight"
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict in torchvision's names, its file, and the ``classes`` it was trained on where they are recorded."""
+    """A state dict in torchvision's names and its file; of a checkpoint also the classes and padding of its training."""
 
     path: str
     state: Mapping[str, Tensor]
     classes: list[str] | None = None
+    padding: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -34,8 +35,10 @@ class Weights:
         """Copy the weights into ``model``.
 
         Raises:
-            InputError: a name or a shape doesn't fit; the first one is told.
+            InputError: a name, a shape or the padding doesn't fit; the first that doesn't is told.
         """
+        if self.padding not in (None, model.padding):
+            raise InputError(f"--padding: {self.path} was trained with {self.padding}, got {model.padding}")
         wanted = model.state_dict()
         for name, tensor in wanted.items():
             if name not in self.state:
@@ -104,15 +107,16 @@ def read(path: str) -> Weights:
     if not isinstance(content, dict):
         raise InputError(f"--pretrained: expected a state dict in {path}, got {type(content).__name__}")
     if isinstance(content.get("model"), dict):
-        return _weights(path, content["model"], content.get("classes"))
+        weights = _weights(path, content["model"])
+        return replace(weights, classes=content.get("classes"), padding=content.get("config", {}).get("padding"))
     return _weights(path, content)
 
 
-def _weights(path: str, state: Mapping[str, Tensor], classes: list[str] | None = None) -> Weights:
+def _weights(path: str, state: Mapping[str, Tensor]) -> Weights:
     other = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
     if other is not None:
         raise InputError(f"--pretrained: expected a tensor for every name in {path}, but {other!r} is none")
     if _CLASSIFIER not in state or state[_CLASSIFIER].dim() != 2:
         names = ", ".join(list(state)[:3]) or "nothing"
         raise InputError(f"--pretrained: expected torchvision's names in {path}, {_CLASSIFIER} too, got {names} ...")
-    return Weights(path, state, classes)
+    return Weights(path, state)

@@ -130,6 +130,15 @@ def test_weights_of_another_network_are_refused_by_the_first_name(model, tmp_pat
             weights.Weights("x", state).load_into(model)
 
 
+def test_a_checkpoint_remembers_its_padding(tmp_path):
+    path = str(tmp_path / "last.pt")
+    config = TrainConfig(alpha=0.35, padding="same")
+    checkpoint.save(path, MobileNetV2(0.35, 4, padding="same"), config=config, classes=None, epoch=1)
+    weights.read(path).load_into(MobileNetV2(0.35, 4, padding="same"))
+    with pytest.raises(InputError, match="--padding: .*last.pt was trained with same, got symmetric"):
+        weights.read(path).load_into(MobileNetV2(0.35, 4))
+
+
 def test_a_failed_load_changes_nothing(model):
     before = contiguous(model)
     with pytest.raises(InputError):
