@@ -19,7 +19,7 @@ _CLASSIFIER = "classifier.1.weight"
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict in torchvision's names and its file; of a checkpoint also the classes and padding of its training."""
+    """A state dict in torchvision's names and its file; a checkpoint records its training's classes and padding too."""
 
     path: str
     state: Mapping[str, Tensor]
