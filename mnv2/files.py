@@ -186,10 +186,25 @@ def _pictures_below(folder: str, passed_over: Counter[str]) -> list[str]:
 
     found = []
     for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        passed_over["hidden"] += sum(name.startswith(".") for name in folders)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        kept = []
+        for name in sorted(folders):
+            if name.startswith("."):
+                passed_over["hidden"] += 1
+            elif _leads_up(os.path.join(place, name)):
+                passed_over["link to a folder above"] += 1
+            else:
+                kept.append(name)
+        folders[:] = kept
         found.extend(_pictures_in(place, files, passed_over))
     return found
+
+
+def _leads_up(folder: str) -> bool:
+    """Whether ``folder`` is a link to a folder that holds it, where a walk would never end."""
+    if not os.path.islink(folder):
+        return False
+    target, place = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+    return os.path.commonpath([target, place]) == target
 
 
 def _pictures_in(folder: str, names: list[str], passed_over: Counter[str]) -> list[str]:

@@ -45,6 +45,14 @@ def test_links_to_folders_count(data, tmp_path):
     assert listed(data).names.count("dog") == 4
 
 
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_a_link_to_a_folder_above_is_not_followed(data, capsys, target):
+    (data / "val" / "ant" / "deep").mkdir()
+    (data / "val" / "ant" / "deep" / "loop").symlink_to(target)
+    assert len(listed(data)) == 11
+    assert "1 link to a folder above" in capsys.readouterr().out
+
+
 def test_other_files_are_passed_over_and_counted(data, capsys):
     for name in ("ant/notes.txt", "ant/Thumbs.db", "bee/clip.gif", "bee/._000.jpg", "README", ".DS_Store"):
         (data / "val" / name).write_bytes(b"x")
