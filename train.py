@@ -20,9 +20,10 @@ from mnv2 import MobileNetV2, checkpoint, layer_shapes, weights
 from mnv2.config import InputError, TrainConfig, exit_status, parse
 from mnv2.data import Augmentation, Loader, SyntheticLoader
 from mnv2.distributed import World, world
-from mnv2.engine import cosine_lr, train_epoch
+from mnv2.engine import train_epoch
 from mnv2.files import list_pictures, prepare
 from mnv2.logs import epoch_lines
+from mnv2.recipe import learning_rate, make_optimizer
 
 
 def train(config: TrainConfig, world: World) -> str:
@@ -32,14 +33,14 @@ def train(config: TrainConfig, world: World) -> str:
         checkpoint.prepare(config.ckpt_save_dir)
     loader, num_classes, classes = make_loader(config, world)
     model = make_model(config, num_classes, world)
-    optimizer = torch.optim.SGD(model.parameters(), config.max_lr, config.momentum)
+    optimizer = make_optimizer(model, config)
     world.print(
         f"alpha {config.alpha}, {config.resize} px, {num_classes} classes, {len(loader)} steps an epoch of "
         f"{config.batch_size} x {world.size} pictures on {world.device.type}"
     )
     for epoch in range(config.epoch_size):
         start = time.perf_counter()
-        lr = cosine_lr(epoch, config.epoch_size, config.max_lr, config.min_lr, config.warmup_epochs)
+        lr = learning_rate(config, epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
         result = train_epoch(model, loader, optimizer, world, config.smooth_factor)

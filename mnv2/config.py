@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import typing
@@ -120,10 +121,20 @@ class TrainConfig(RunConfig):
     """A training run; the defaults are the reference's recipe."""
 
     epoch_size: int = option(200, "epochs")
-    max_lr: float = option(0.1, "learning rate at its highest")
+    lr_decay_mode: str = option(
+        "cosine_decay_lr", "course of the learning rate", choices=("cosine_decay_lr", "piecewise_constant_lr")
+    )
+    max_lr: float = option(0.1, "learning rate at its highest, of the cosine")
     min_lr: float = option(0.0, "learning rate that the cosine falls to")
-    warmup_epochs: int = option(0, "epochs of linear rise before the cosine")
-    momentum: float = option(0.9, "momentum of SGD")
+    milestone: tuple[int, ...] = option((), "epochs at which the piecewise constant rate changes", metavar="EPOCH")
+    learning_rates: tuple[float, ...] = option(
+        (), "piecewise constant rates, one before each milestone and perhaps one after the last", metavar="RATE"
+    )
+    warmup_epochs: int = option(0, "epochs of linear rise at the start")
+    optimizer: str = option("sgd", "SGD or RMSprop", choices=("sgd", "rmsprop"))
+    momentum: float = option(0.9, "momentum of the optimizer")
+    nesterov: bool = option(False, "Nesterov's momentum in SGD")
+    weight_decay: float = option(0.0, "of convolutions and classifier, not of BatchNorm and biases")
     dropout: float = option(0.2, "probability of dropping a pooled feature")
     crop_scale: tuple[float, float] = option((0.08, 1.0), "share of a picture's area that a random crop covers")
     crop_ratio: tuple[float, float] = option((0.75, 1.333), "width over height of a random crop")
@@ -134,7 +145,7 @@ class TrainConfig(RunConfig):
         """Check every value that doesn't need the data to be looked at."""
         super().__post_init__()
         _require(self, "epoch_size", lambda value: value >= 1, "a positive integer")
-        _require(self, "max_lr", lambda value: value > 0, "a positive number")
+        _require(self, "max_lr", lambda value: 0 < value < math.inf, "a positive number")
         _require(self, "min_lr", lambda value: 0 <= value <= self.max_lr, f"a number from 0 to max_lr {self.max_lr}")
         _require(
             self,
@@ -142,11 +153,35 @@ class TrainConfig(RunConfig):
             lambda value: 0 <= value < self.epoch_size,
             f"an integer from 0 up to, but not, epoch_size {self.epoch_size}",
         )
+        _require(self, "weight_decay", lambda value: 0 <= value < math.inf, "a number from 0 up")
+        self._check_pieces()
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise InputError(f"--nesterov: expected SGD with momentum, got {self.optimizer}, momentum {self.momentum}")
         for name in ("momentum", "dropout"):
             _require(self, name, lambda value: 0 <= value < 1, "a number from 0 up to, but not, 1")
         _require(self, "hflip", lambda value: 0 <= value <= 1, "a probability")
         _require(self, "crop_scale", lambda value: 0 < value[0] <= value[1] <= 1, "two rising numbers, over 0 to 1")
         _require(self, "crop_ratio", lambda value: 0 < value[0] <= value[1], "two rising positive numbers")
+
+    def _check_pieces(self) -> None:
+        milestones, rates = self.milestone, self.learning_rates
+        if self.lr_decay_mode == "cosine_decay_lr":
+            for name in ("milestone", "learning_rates"):
+                _require(self, name, lambda value: not value, "none with cosine_decay_lr")
+            return
+        rising = all(low < high for low, high in zip((0, *milestones), milestones, strict=False))
+        _require(self, "milestone", lambda value: value and rising, "rising positive epochs, such as 30,60,90")
+        _require(
+            self,
+            "learning_rates",
+            lambda value: len(value) in (len(milestones), len(milestones) + 1) and all(0 < r < math.inf for r in value),
+            f"{len(milestones)} or {len(milestones) + 1} positive rates for as many pieces",
+        )
+        if len(rates) == len(milestones) and milestones[-1] < self.epoch_size:
+            raise InputError(
+                f"--learning_rates: expected a rate for the epochs from {milestones[-1]} to {self.epoch_size}, "
+                f"got {len(rates)} for {len(milestones)} milestones"
+            )
 
 
 @dataclass(frozen=True)
@@ -200,7 +235,7 @@ def parse(config: type[ConfigT], argv: Sequence[str] | None, description: str) -
     values = vars(parser.parse_args([_underscored(word) for word in argv]))
     for field in dataclasses.fields(config):
         if isinstance(values[field.name], list):
-            values[field.name] = _pair(parser, field.name, values[field.name])
+            values[field.name] = _numbers(parser, field.name, types[field.name], values[field.name])
     try:
         return config(**values)
     except InputError as error:
@@ -213,7 +248,8 @@ def _argument(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     if isinstance(kind, UnionType):
         kind = next(member for member in typing.get_args(kind) if member is not type(None))
     if typing.get_origin(kind) is tuple:
-        settings.update(nargs="+", metavar="NUMBER")
+        settings.setdefault("metavar", "NUMBER")
+        settings["nargs"] = "+"
         kind = str
     elif kind is bool:
         kind = parse_bool
@@ -233,10 +269,13 @@ def _underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _pair(parser: _Parser, name: str, words: list[str]) -> tuple[float, float]:
-    items = [item for word in words for item in word.split(",") if item]
+def _numbers(parser: _Parser, name: str, kind: Any, words: list[str]) -> tuple[Any, ...]:
+    member, *rest = typing.get_args(kind)
+    wanted = ("integers" if member is int else "numbers") if rest == [...] else "two numbers"
     try:
-        low, high = map(float, items)
+        numbers = tuple(member(item) for word in words for item in word.split(",") if item)
     except ValueError:
-        parser.error(f"--{name}: expected two numbers, got {' '.join(words)}")
-    return low, high
+        numbers = ()
+    if not numbers or (rest != [...] and len(numbers) != 1 + len(rest)):
+        parser.error(f"--{name}: expected {wanted}, got {' '.join(words)}")
+    return numbers

@@ -17,18 +17,6 @@ from .data import Batch
 from .distributed import World
 
 
-def cosine_lr(epoch: int, epochs: int, max_lr: float, min_lr: float = 0.0, warmup_epochs: int = 0) -> float:
-    """Learning rate of ``epoch`` (from 0): a linear rise over ``warmup_epochs``, then half a cosine down.
-
-    The cosine spans exactly the epochs that are left: ``max_lr`` in its first, and it would reach ``min_lr`` in the
-    epoch after the last. Source: Loshchilov and Hutter 2017, equation 5, without restarts.
-    """
-    if epoch < warmup_epochs:
-        return max_lr * (epoch + 1) / (warmup_epochs + 1)
-    share = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * share))
-
-
 @dataclass(frozen=True)
 class TrainedEpoch:
     """An epoch's ``steps``, the loss of its last step and its mean, over all processes, and its seconds."""

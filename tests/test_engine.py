@@ -11,7 +11,7 @@ from mnv2 import MobileNetV2
 from mnv2.config import RunError
 from mnv2.data import Batch
 from mnv2.distributed import World
-from mnv2.engine import Evaluation, cosine_lr, evaluate, ranks, train_epoch, wilson_interval
+from mnv2.engine import Evaluation, evaluate, ranks, train_epoch, wilson_interval
 from mnv2.logs import epoch_lines, evaluation_lines
 
 
@@ -111,22 +111,6 @@ def test_wilson_interval():
     assert wilson_interval(10, 10)[1] == 1.0
     low, high = wilson_interval(35_937, 50_000)
     assert (low, high) == pytest.approx((0.71478, 0.72266), abs=1e-5)
-
-
-def test_the_cosine_spans_exactly_the_epochs_asked_for():
-    printed = [f"{cosine_lr(epoch, 200, 0.1):.5f}" for epoch in range(5)]
-    assert printed == ["0.10000", "0.09999", "0.09998", "0.09994", "0.09990"]
-    assert [f"{cosine_lr(epoch, 100, 0.1):.5f}" for epoch in range(5)] == [
-        "0.10000", "0.09998", "0.09990", "0.09978", "0.09961",
-    ]  # fmt: skip
-    assert cosine_lr(100, 200, 0.1, 0.02) == pytest.approx(0.06)
-    assert cosine_lr(199, 200, 0.1, 0.02) == pytest.approx(0.02 + 0.04 * (1 - math.cos(math.pi / 200)))
-
-
-def test_warm_up_rises_to_the_highest_rate():
-    rates = [cosine_lr(epoch, 10, 0.1, 0.0, 4) for epoch in range(10)]
-    assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
-    assert rates[4:] == [cosine_lr(epoch, 6, 0.1) for epoch in range(6)]
 
 
 def training_batches(count):
