@@ -9,7 +9,6 @@ from mnv2 import MobileNetV2
 from mnv2.config import TrainConfig, parse
 from mnv2.recipe import learning_rate, make_optimizer
 
-
 PIECES = "--lr_decay_mode piecewise_constant_lr"
 
 
