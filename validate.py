@@ -12,30 +12,28 @@ from collections.abc import Sequence
 
 import torch
 
-from mnv2 import MobileNetV2, weights
+from mnv2 import MobileNetV2
 from mnv2.config import ValidateConfig, exit_status, parse
 from mnv2.data import Loader, SyntheticLoader, profile
 from mnv2.distributed import World, world
 from mnv2.engine import Evaluation, evaluate
 from mnv2.files import list_pictures, prepare
 from mnv2.logs import evaluation_lines
+from mnv2.weights import find
 
 
 def validate(config: ValidateConfig, world: World) -> Evaluation:
     """Evaluate as ``config`` says."""
-    torch.manual_seed(config.seed)
     pictures = None if config.synthetic else list_pictures(config.data_url, "val", config.val_labels)
-    trained = weights.find(config.pretrained, config.alpha, config.resize)
-    outputs = config.num_classes or (trained.num_classes if trained else None)
+    trained = find(config.pretrained, config.alpha, config.resize)
     loader: Loader | SyntheticLoader
     if pictures is None:
-        total, num_classes = config.synthetic, outputs or 1000
+        total, num_classes = config.synthetic, config.num_classes or (trained.num_classes if trained else 1000)
         shape = {"resize": config.resize, "batch_size": config.batch_size}
         loader = SyntheticLoader(total, num_classes, **shape, world=world, training=False)
     else:
-        classes = trained.classes if trained else None
-        pictures, index = prepare(pictures, config, world, outputs=outputs, trained=classes)
-        total, num_classes = len(pictures), outputs or len(index)
+        pictures, index, num_classes = prepare(pictures, config, world, trained)
+        total = len(pictures)
         loader = Loader(
             pictures.paths,
             index.labels(pictures.names),
@@ -44,7 +42,10 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
             world=world,
             threads=config.threads,
         )
-    model = MobileNetV2(config.alpha, num_classes, backend=config.backend, padding=config.padding)
+    torch.manual_seed(config.seed)
+    model = MobileNetV2(
+        config.alpha, num_classes, backend=config.backend, padding=config.padding, norm_eps=config.norm_eps
+    )
     if trained is not None:
         trained.load_into(model)
     world.print(

@@ -5,6 +5,7 @@ a network that part is left out, and said so.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,7 +33,9 @@ def default_build_requirements(version: str) -> list[str] | None:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", "--report", str(report)]
         # Another Python than this one's: a local or CPU build can't answer for it.
         command += ["--python-version", "3.12", "--only-binary=:all:", "--target", folder, f"torch=={version}"]
-        if subprocess.run(command, capture_output=True).returncode:
+        # ... nor may another index, where a CPU build would win.
+        environment = {name: value for name, value in os.environ.items() if name != "PIP_EXTRA_INDEX_URL"}
+        if subprocess.run(command, capture_output=True, env=environment).returncode:
             return None
         return json.loads(report.read_text())["install"][0]["metadata"].get("requires_dist", [])
 

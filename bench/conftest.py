@@ -32,7 +32,8 @@ def surroundings() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
+    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS).stdout.strip()
     return {
         "command": shlex.join(["pytest", *sys.argv[1:]]),
         "commit": commit,
@@ -57,7 +58,7 @@ def record(request) -> Callable[[str, dict[str, Any]], None]:
             return
         path = RESULTS / f"{name}.json"
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        rows = [old for old in rows if old["case"] != row["case"]] + [row]
-        path.write_text(json.dumps({**surroundings(), "rows": rows}, indent=2) + "\n")
+        rows = [old for old in rows if old["case"] != row["case"]] + [{**row, **surroundings()}]
+        path.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
 
     return write

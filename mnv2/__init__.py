@@ -1,11 +1,12 @@
-"""MobileNetV2, trained and served by fused kernels."""
+"""MobileNetV2: the network, its ImageNet loader, training and exact evaluation."""
 
 import kernels
 
 if getattr(kernels, "DISTRIBUTION", None) != "mnv2":
+    place = getattr(kernels, "__file__", None) or list(kernels.__path__)
     raise ImportError(
-        f"mnv2 needs its own package 'kernels', but Python found Hugging Face's package of that name at "
-        f"{kernels.__path__[0]}: run `pip uninstall kernels`, then reinstall mnv2"
+        "mnv2 needs its own package 'kernels', but Python found another of that name (Hugging Face publishes one) at "
+        f"{place}: run `pip uninstall kernels`, then reinstall mnv2"
     )
 
 from .model import MobileNetV2, layer_shapes

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import InputError, TrainConfig
+from .config import InputError, RunError, TrainConfig
 
 
 def prepare(folder: str) -> None:
@@ -46,11 +46,13 @@ def _write(path: str, content: Mapping[str, Any]) -> None:
             torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
-        except BaseException:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.replace(file.name, path)
+        except BaseException as error:
             os.unlink(file.name)
+            if isinstance(error, RuntimeError):  # how torch reports a failed write
+                raise RunError(f"can't write {path} (is the disk full?): {error}") from None
             raise
-    os.chmod(file.name, 0o666 & ~_umask())
-    os.replace(file.name, path)
 
 
 def _umask() -> int:

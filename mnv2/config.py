@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from kernels.common import PADDINGS
 
-from .model import BACKENDS, check_alpha
+from .model import check_alpha
 
 DEFAULT_DATA = "./dataset/imagenet"
 SYNTHETIC_PICTURES = 1024
@@ -40,10 +40,10 @@ def exit_status(script: str, action: Callable[[], None]) -> int:
     try:
         action()
     except (InputError, RunError, OSError) as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        sys.stderr.write(f"{script}: {error}\n")  # in one piece: the processes of a run share stderr
         return 1
     except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
+        sys.stderr.write(f"{script}: interrupted\n")
         return 130
     return 0
 
@@ -79,12 +79,13 @@ class RunConfig:
     arch: str = option("mobilenetv2", "network", choices=("mobilenetv2",))
     alpha: float = option(1.0, "width multiplier; 1.4, 1.3, 1.0, 0.75, 0.5 and 0.35 are published")
     resize: int = option(224, "side of the network's input in pixels")
-    num_classes: int | None = option(None, "outputs of the network; by default what the weights or the data have")
+    num_classes: int | None = option(None, "outputs of the network; None for what the weights or the data have")
     pretrained: bool | str = option(
         False, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
     )
-    backend: str = option("auto", "how the blocks run", choices=BACKENDS)
+    backend: str = option("auto", "how the blocks run", choices=("auto", "torch"))
     padding: str = option("symmetric", "zeros at stride 2: torchvision's or TensorFlow's", choices=PADDINGS)
+    norm_eps: float = option(1e-5, "epsilon of every BatchNorm; 1e-3 for TensorFlow's weights")
     batch_size: int = option(64, "pictures a step and process")
     num_parallel_workers: int = option(8, "decoding threads a process, at most one a core")
     class_index: str = option(
@@ -99,13 +100,20 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check every value that doesn't need the data to be looked at."""
         _check(self, "alpha", check_alpha)
-        for name in ("resize", "batch_size", "num_parallel_workers"):
-            _require(self, name, lambda value: value >= 1, "a positive integer")
-        _require(self, "num_classes", lambda value: value is None or value >= 1, "a positive integer")
-        _require(self, "synthetic", lambda value: value >= 0, "a number of pictures, 0 or more")
+        _require(self, "alpha", lambda value: value <= 100, "at most 100")
+        _require(self, "resize", lambda value: 1 <= value <= 8192, "an integer from 1 to 8192")
+        for name in ("batch_size", "num_parallel_workers"):
+            _require(self, name, lambda value: 1 <= value <= 65536, "an integer from 1 to 65536")
+        _require(
+            self, "num_classes", lambda value: value is None or 1 <= value <= 10**6, "an integer from 1 to 1000000"
+        )
+        _require(self, "synthetic", lambda value: 0 <= value <= 10**9, "a number of pictures from 0 to 1000000000")
+        _require(self, "norm_eps", lambda value: 0 < value < 1, "a number over 0 and under 1")
         _require(self, "smooth_factor", lambda value: 0 <= value < 1, "a number from 0 up to, but not, 1")
         _require(self, "seed", lambda value: 0 <= value < 2**31, "an integer from 0 up to, but not, 2^31")
         for field in dataclasses.fields(self):
+            if isinstance(getattr(self, field.name), str):
+                _require(self, field.name, lambda value: value, "some text")
             choices = field.metadata.get("choices")
             if choices:
                 _require(self, field.name, choices.__contains__, " or ".join(choices))
@@ -139,7 +147,8 @@ class TrainConfig(RunConfig):
     crop_scale: tuple[float, float] = option((0.08, 1.0), "share of a picture's area that a random crop covers")
     crop_ratio: tuple[float, float] = option((0.75, 1.333), "width over height of a random crop")
     hflip: float = option(0.5, "probability of a mirrored picture")
-    ckpt_save_dir: str = option("./mobilenet_v2", "folder of the checkpoint")
+    ckpt_save_dir: str = option("./mobilenet_v2", "folder of the checkpoint and of log.jsonl")
+    tensorboard: bool = option(False, "write TensorBoard's files too (extra: tensorboard)")
 
     def __post_init__(self) -> None:
         """Check every value that doesn't need the data to be looked at."""
@@ -161,7 +170,7 @@ class TrainConfig(RunConfig):
             _require(self, name, lambda value: 0 <= value < 1, "a number from 0 up to, but not, 1")
         _require(self, "hflip", lambda value: 0 <= value <= 1, "a probability")
         _require(self, "crop_scale", lambda value: 0 < value[0] <= value[1] <= 1, "two rising numbers, over 0 to 1")
-        _require(self, "crop_ratio", lambda value: 0 < value[0] <= value[1], "two rising positive numbers")
+        _require(self, "crop_ratio", lambda value: 0 < value[0] <= value[1] < math.inf, "two rising positive numbers")
 
     def _check_pieces(self) -> None:
         milestones, rates = self.milestone, self.learning_rates
@@ -208,10 +217,10 @@ def _check(config: RunConfig, name: str, check: Callable[[Any], None]) -> None:
         raise InputError(f"--{error}") from None
 
 
-def _require(config: RunConfig, name: str, holds: Callable[[Any], bool], expected: str) -> None:
+def _require(config: RunConfig, name: str, holds: Callable[[Any], object], expected: str) -> None:
     value = getattr(config, name)
     if not holds(value):
-        raise InputError(f"--{name}: expected {expected}, got {value}")
+        raise InputError(f"--{name}: expected {expected}, got {value if value != '' else 'nothing'}")
 
 
 class _Parser(argparse.ArgumentParser):

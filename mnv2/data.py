@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import InputError
+from .config import InputError, RunError
 from .distributed import World
+from .integrity import fault
 
 try:
     from nvidia.dali import fn, math, pipeline_def, types
@@ -31,6 +32,7 @@ except ImportError as error:
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 _READER = "reader"
+_SEARCHED = 64  # files decoded at once in the search for one that fails
 
 
 class Batch(NamedTuple):
@@ -92,6 +94,7 @@ def profile(name: str, resize: int) -> Profile:
 
 
 # DALI's own arguments (batch_size, num_threads, device_id, seed) go to the constructor that the decorator makes.
+# Checkpointing changes the order of the pictures, so a run that will be resumed must have it on from the start.
 @pipeline_def(enable_checkpointing=True)
 def picture_pipeline(
     paths: Sequence[str],
@@ -210,6 +213,7 @@ class Loader:
         if len(paths) != len(labels):
             raise ValueError(f"labels: expected one for each of {len(paths)} paths, got {len(labels)}")
         self._world = world
+        self._threads = threads
         self._labels = torch.tensor(labels, dtype=torch.int64)
         self._training = isinstance(transform, Augmentation)
         # Evaluation shares the list out here, since DALI's readers can't have fewer pictures than shards.
@@ -256,19 +260,22 @@ class Loader:
                 f"the epoch before was left after {self._position} of {self._batches} batches, and DALI can't go back: "
                 "make a new Loader"
             )
-        with self._naming_bad_files():
+        while True:
+            with self._naming_bad_files():
+                outputs = next(self._iterator, None)
+            if outputs is None:
+                break
+            self._position += 1
             # The reader's epoch may be one batch longer than training's: that batch is read and not used.
-            for step, (outputs,) in enumerate(self._iterator):
-                self._position = step + 1
-                if step < self._batches:
-                    yield self._batch(step, outputs["images"], outputs["places"].flatten().long())
+            if self._position <= self._batches:
+                yield self._batch(outputs[0]["images"], outputs[0]["places"].flatten().long())
         self._position = 0
 
-    def _batch(self, step: int, images: Tensor, places: Tensor) -> Batch:
+    def _batch(self, images: Tensor, places: Tensor) -> Batch:
         numbers = places if self._training else places * self._world.size + self._world.rank
         labels = self._labels[numbers].to(images.device, non_blocking=True)
         if not self._training:
-            rows = torch.arange(step * len(places), (step + 1) * len(places))
+            rows = torch.arange(len(places)) + (self._position - 1) * len(places)
             numbers = torch.where(rows < len(self._paths), numbers, -1)
         return Batch(images.permute(0, 3, 1, 2), labels, numbers)
 
@@ -278,12 +285,17 @@ class Loader:
         try:
             yield
         except RuntimeError as error:
-            bad = first_undecodable(self._paths)
-            if bad is None:
-                raise
-            raise InputError(
-                f"{bad} looks whole but can't be decoded; mend or remove it (--bad_files can't find such a file)"
-            ) from error
+            print(f"the loader failed; looking for the file among {len(self._paths)}", file=sys.stderr, flush=True)
+            # A file may have changed since it was checked.
+            for path in self._paths:
+                if problem := fault(path):
+                    raise InputError(f"{path} {problem} by now; mend or remove it") from error
+            if bad := first_undecodable(self._paths, self._threads):
+                raise InputError(
+                    f"{bad} looks whole but can't be decoded; mend or remove it (--bad_files can't find such a file)"
+                ) from error
+            cause = [line for line in str(error).splitlines() if line.strip() and "pipeline" not in line]
+            raise RunError(f"the loader failed at no single file: {cause[0] if cause else error}") from error
 
 
 def steps_per_epoch(pictures: int, batch_size: int, processes: int) -> int:
@@ -301,22 +313,26 @@ def steps_per_epoch(pictures: int, batch_size: int, processes: int) -> int:
     return steps
 
 
-def first_undecodable(paths: Sequence[str]) -> str | None:
-    """The first file among ``paths`` that DALI's CPU decoder fails at, decoding one after another; None if none."""
-    print(f"a picture failed to decode; looking for it among {len(paths)}", file=sys.stderr, flush=True)
+def first_undecodable(paths: Sequence[str], threads: int = 1) -> str | None:
+    """The first file among ``paths`` that DALI's CPU decoder fails at; None if there is none."""
+    for start in range(0, len(paths), _SEARCHED):
+        block = list(paths[start : start + _SEARCHED])
+        if not _decodes(block, threads):
+            return next((path for path in block if not _decodes([path], 1)), None)
+    return None
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def one_by_one() -> Any:
-        encoded, _ = fn.readers.file(files=list(paths), labels=list(range(len(paths))))
+
+def _decodes(paths: list[str], threads: int) -> bool:
+    @pipeline_def(batch_size=len(paths), num_threads=threads, device_id=None, prefetch_queue_depth=1)
+    def decoding() -> Any:
+        encoded, _ = fn.readers.file(files=paths, labels=list(range(len(paths))))
         return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
 
-    pipeline = one_by_one()
-    for path in paths:
-        try:
-            pipeline.run()
-        except RuntimeError:
-            return path
-    return None
+    try:
+        decoding().run()
+    except RuntimeError:
+        return False
+    return True
 
 
 class SyntheticLoader:

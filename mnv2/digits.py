@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = parser.parse_args(argv).folder
     try:
         train, val = write(folder)
+        print(f"{folder}: {train} pictures to train on and {val} to validate, 10 classes", flush=True)
     except (ImportError, OSError) as error:
         print(f"mnv2.digits: {error}", file=sys.stderr)
         return 1
-    print(f"{folder}: {train} pictures to train on and {val} to validate, 10 classes")
     return 0
 
 

@@ -66,6 +66,8 @@ def world(device: str = "auto") -> Iterator[World]:
             )
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
+    if size < 1:
+        raise InputError(f"WORLD_SIZE: expected a positive integer in the environment, got {size}")
     if size == 1:
         yield World(device=place)
         return
@@ -76,10 +78,13 @@ def world(device: str = "auto") -> Iterator[World]:
             if missing
             else f"RANK: expected 0 to {size - 1} for a WORLD_SIZE of {size}, got {rank}"
         )
-    if place.type == "cuda":
-        dist.init_process_group("nccl", device_id=place)
-    else:
-        dist.init_process_group("gloo")
+    try:
+        if place.type == "cuda":
+            dist.init_process_group("nccl", device_id=place)
+        else:
+            dist.init_process_group("gloo")
+    except ValueError as error:
+        raise InputError(f"the launcher's variables in the environment can't be used: {error}") from None
     yield World(rank, size, place)
     # Only after success: a process that fails must not wait here for the others.
     dist.destroy_process_group()

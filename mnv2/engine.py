@@ -33,7 +33,7 @@ def train_epoch(
     """Train ``model`` on ``batches`` once, with cross-entropy smoothed by ``smooth_factor``.
 
     Raises:
-        RunError: the loss is no longer finite.
+        RunError: the loss or a weight is no longer finite.
     """
     model.train()
     start = time.perf_counter()
@@ -48,6 +48,9 @@ def train_epoch(
     if not means.isfinite().all():
         step = int((~means.isfinite()).nonzero()[0])
         raise RunError(f"the loss of step {step + 1} is {means[step]}: try a lower --max_lr or a warm-up")
+    # The loss was taken before the last update.
+    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+        raise RunError("a weight is no longer finite: try a lower --max_lr or a warm-up")
     return TrainedEpoch(len(losses), float(means[-1]), float(means.mean()), time.perf_counter() - start)
 
 
@@ -55,7 +58,8 @@ def train_epoch(
 class Evaluation:
     """How many of ``pictures`` were right at first (``top1``) or among the first five (``top5``).
 
-    ``loss`` is the mean over the pictures, ``pictures_per_second`` counts all processes.
+    ``loss`` is the mean over the pictures. ``pictures_per_second`` counts all processes, from the moment that the first
+    batch is ready.
     """
 
     pictures: int
@@ -75,7 +79,7 @@ def evaluate(
     the same to the last digit for any number of processes.
 
     Raises:
-        RunError: a picture wasn't seen exactly once.
+        RunError: a picture wasn't seen exactly once, or the network gives NaN.
     """
     model.eval()
     start = time.perf_counter()
@@ -97,6 +101,9 @@ def evaluate(
         raise RunError(
             f"no accuracy: of {pictures} pictures listed, {missed} were not seen and {repeated} seen more than once"
         )
+    undefined = int(losses.isnan().sum())
+    if undefined:
+        raise RunError(f"no accuracy: the network gives NaN for {undefined} of {pictures} pictures")
     seconds = time.perf_counter() - start
     return Evaluation(
         pictures=pictures,
@@ -110,8 +117,7 @@ def evaluate(
 def ranks(logits: Tensor, labels: Tensor) -> Tensor:
     """How many classes each row of ``logits [B, C]`` puts before the class in ``labels [B]``.
 
-    Of equal logits the lower class comes first, as ``argmax`` has it. NaN comes before everything, and where the
-    true class's own logit is NaN its rank is C: a network that gives NaN is never right.
+    Of equal logits the lower class comes first, as ``argmax`` has it. NaN comes before everything.
     """
     true = logits.gather(1, labels[:, None])
     classes = torch.arange(logits.shape[1], device=logits.device)

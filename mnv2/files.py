@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .config import InputError, RunConfig
 from .distributed import World
-from .integrity import faults
+from .integrity import fault
 from .labels import ClassIndex, class_index, read_labels
+from .weights import Weights
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pnm", ".ppm", ".pgm", ".pbm", ".jp2")
 SHOWN = 10
@@ -84,38 +84,45 @@ def class_folders(data_url: str, split: str) -> list[str]:
 
 
 def prepare(
-    pictures: Pictures, config: RunConfig, world: World, *, outputs: int | None, trained: Sequence[str] | None = None
-) -> tuple[Pictures, ClassIndex]:
+    pictures: Pictures, config: RunConfig, world: World, weights: Weights | None = None
+) -> tuple[Pictures, ClassIndex, int]:
     """Number the classes of ``pictures`` and check every file, as ``config`` says; prints what was decided.
 
     Args:
         pictures: what ``list_pictures`` found.
         config: the run.
         world: the processes.
-        outputs: outputs of the network, where known.
-        trained: names of the classes that the network's weights were trained on, by number, where known.
+        weights: what the network starts from, where it starts from something.
 
     Returns:
-        The pictures that are used and the numbers of their classes.
+        The pictures that are used, the numbers of their classes, and the outputs of the network.
 
     Raises:
         InputError: a class has no number, the network too few outputs, or a file is bad (see ``check_pictures``).
     """
+    outputs = config.num_classes or (weights.num_classes if weights else None)
     index = class_index(
         config.class_index,
         pictures.classes,
-        trained=trained,
+        trained=weights.classes if weights else None,
         folders=class_folders(config.data_url, "train"),
         outputs=outputs,
     )
-    if outputs is not None and outputs < len(index):
-        raise InputError(f"--num_classes: expected at least {len(index)} for {index.source}, got {outputs}")
-    pictures = check_pictures(pictures, config.bad_files, world, config.threads)
+    outputs = outputs or len(index)
+    if outputs < len(index):
+        whose = "--num_classes" if config.num_classes else "--pretrained"
+        raise InputError(f"{whose}: expected at least {len(index)} classes for {index.source}, got {outputs}")
+    if weights and weights.classes is None and index.guessed and outputs != len(index):
+        raise InputError(
+            f"--class_index: expected folders, imagenet or a FILE, since {weights.path} has {outputs} outputs and the "
+            f"data {len(index)} classes, so that their numbers can't be guessed"
+        )
+    pictures = check_pictures(pictures, config.bad_files, world)
     world.print(f"class numbers: {index.source}")
-    return pictures, index
+    return pictures, index, outputs
 
 
-def check_pictures(pictures: Pictures, bad_files: str, world: World, threads: int = 1) -> Pictures:
+def check_pictures(pictures: Pictures, bad_files: str, world: World) -> Pictures:
     """Look into every file, each process into its share, and return the pictures that are whole.
 
     Prints how many pictures there are and everything that is left out.
@@ -123,7 +130,7 @@ def check_pictures(pictures: Pictures, bad_files: str, world: World, threads: in
     Raises:
         InputError: something is wrong and ``bad_files`` is "error", or nothing is left.
     """
-    share = faults(pictures.paths[world.rank :: world.size], threads)
+    share = [fault(path) for path in pictures.paths[world.rank :: world.size]]
     found: list[str | None] = [None] * len(pictures)
     for rank, part in enumerate(world.gather(share)):
         found[rank :: world.size] = part
@@ -177,6 +184,8 @@ def _list_flat(folder: str, val_labels: str) -> Pictures:
             pictures.names.append(name)
     for file in classes:
         pictures.problems.append((os.path.join(folder, file), f"is named in {val_labels} but missing"))
+    if paths and not pictures.paths:
+        raise InputError(f"--val_labels: {val_labels} names none of the {len(paths)} pictures in {folder}")
     return pictures
 
 
@@ -213,6 +222,8 @@ def _pictures_in(folder: str, names: list[str], passed_over: Counter[str]) -> li
         path = os.path.join(folder, name)
         if name.startswith("."):
             passed_over["hidden"] += 1
+        elif not name.isprintable() and "\\udc" in ascii(name):  # DALI takes names in UTF-8 only
+            passed_over["whose name isn't UTF-8"] += 1
         elif name.lower().endswith(EXTENSIONS):
             found.append(path)
         elif not os.path.isdir(path):

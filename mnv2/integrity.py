@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import struct
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import BinaryIO
 
 _START_OF_SCAN = 0xDA
@@ -29,17 +29,11 @@ _PNM_HEADER = (
 )
 
 
-def faults(paths: Sequence[str], threads: int = 1) -> list[str | None]:
-    """For each file, what is wrong with it ("is empty", "is a truncated JPEG", ...), or None."""
-    if threads == 1 or len(paths) < 256:
-        return [fault(path) for path in paths]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(fault, paths, chunksize=256))
-
-
 def fault(path: str) -> str | None:
-    """What is wrong with the file at ``path`` as a picture, or None."""
+    """What is wrong with the file at ``path`` as a picture ("is empty", "is a truncated JPEG", ...), or None."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never answer
+            return "is no regular file"
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
@@ -114,7 +108,15 @@ def _webp(file: BinaryIO, start: bytes, size: int) -> str | None:
 
 
 def _bmp(file: BinaryIO, start: bytes, size: int) -> str | None:
-    return "is a truncated BMP" if size < int.from_bytes(start[2:6], "little") else None
+    file.seek(10)
+    header = file.read(24)
+    if len(header) < 24:
+        return "is a truncated BMP"
+    offset, _, width, height, _, bits, compression = struct.unpack("<IIiiHHI", header)
+    length = int.from_bytes(start[2:6], "little")
+    if compression == 0:  # the length that the header tells may be 0
+        length = max(length, offset + (width * bits + 31) // 32 * 4 * abs(height))
+    return "is a truncated BMP" if size < length else None
 
 
 def _jpeg2000(file: BinaryIO, start: bytes, size: int) -> str | None:
@@ -131,18 +133,24 @@ def _pnm(file: BinaryIO, start: bytes, size: int) -> str | None:
     if header is None:
         return "is a PNM with a damaged header"
     width, height, *maximum = map(int, header.groups())
+    if maximum not in ([], [255], [65535]):  # the decoder doesn't scale other ranges
+        return "is a PNM of a kind that isn't decoded (its maximum is neither 255 nor 65535)"
     row = -(-width // 8) if kind == 4 else width * (3 if kind == 6 else 1) * (2 if maximum[0] > 255 else 1)
     return "is a truncated PNM" if size < header.end() + row * height else None
 
 
 def _tiff(file: BinaryIO, start: bytes, size: int) -> str | None:
     order = "<" if start[:2] == b"II" else ">"
-    file.seek(struct.unpack(order + "I", start[4:8])[0])
     try:
+        file.seek(struct.unpack(order + "I", start[4:8])[0])
         (entries,) = struct.unpack(order + "H", file.read(2))
         tags = {}
         for tag, kind, count, value in struct.iter_unpack(order + "HHI4s", file.read(12 * entries)):
             tags[tag] = (kind, count, value)
+        bits = _tiff_numbers(file, order, *tags[258]) if 258 in tags else (1,)
+        formats = _tiff_numbers(file, order, *tags[339]) if 339 in tags else (1,)
+        if not {*bits} <= {8, 16} or {*formats} != {1}:
+            return "is a TIFF of a kind that isn't decoded (not of 8 or 16-bit unsigned integers)"
         for offsets, lengths in (_TIFF_STRIPS, _TIFF_TILES):
             if offsets in tags and lengths in tags:
                 parts = zip(*(_tiff_numbers(file, order, *tags[tag]) for tag in (offsets, lengths)), strict=True)

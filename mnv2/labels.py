@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
@@ -16,10 +16,14 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True)
 class ClassIndex:
-    """The number of each class by its name, and the words that say where the numbers come from."""
+    """The number of each class by its name, and the words that say where the numbers come from.
+
+    ``guessed`` where nothing but the data's own folders told them.
+    """
 
     numbers: dict[str, int]
     source: str
+    guessed: bool = False
 
     def __len__(self) -> int:
         """Outputs that a network needs for these classes."""
@@ -68,13 +72,14 @@ def class_index(
         InputError: a class has no number under the rule, or the file can't be used.
     """
     imagenet = {identifier: number for number, (identifier, _) in enumerate(imagenet_classes())}
+    guessed = False
     if rule == "auto":
         if trained is not None:
             rule = "trained"
         elif outputs == len(imagenet) and all(name in imagenet for name in found):
             rule = "imagenet"
         else:
-            rule = "folders"
+            rule, guessed = "folders", True
     elif rule not in ("folders", "imagenet"):
         return _checked(_read_index(rule), f"the file {rule}", found)
     if rule == "trained":
@@ -84,7 +89,7 @@ def class_index(
         return _checked(imagenet, "ImageNet-1k's own order of its WordNet ids", found)
     names = sorted(folders or found)
     source = "the sorted class folders" + (" of train/" if folders else "")
-    return _checked({name: number for number, name in enumerate(names)}, source, found)
+    return replace(_checked({name: number for number, name in enumerate(names)}, source, found), guessed=guessed)
 
 
 def _checked(numbers: dict[str, int], source: str, found: Sequence[str]) -> ClassIndex:
@@ -99,13 +104,20 @@ def _checked(numbers: dict[str, int], source: str, found: Sequence[str]) -> Clas
 
 def _read_index(path: str) -> dict[str, int]:
     rows = [re.split(r"[\t,]", line) for line in _read_lines("--class_index", path)]
-    if all(len(row) > 1 and row[0].strip().isdecimal() for row in rows):
-        pairs = [(row[1].strip(), int(row[0])) for row in rows]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    if all(len(row) > 1 and row[0].isdecimal() for row in rows):
+        pairs = [(row[1], int(row[0])) for row in rows]
+    elif all(len(row) == 2 and row[1].isdecimal() for row in rows):
+        pairs = [(row[0], int(row[1])) for row in rows]
+    elif all(len(row) == 1 for row in rows):
+        pairs = [(row[0], number) for number, row in enumerate(rows)]
     else:
-        pairs = [(row[0].strip(), number) for number, row in enumerate(rows)]
+        pairs = []
     numbers = dict(pairs)
     if not numbers or len(numbers) < len(pairs) or len(set(numbers.values())) < len(pairs):
-        raise InputError(f"--class_index: expected a file of one class a line, each once, got {path}")
+        raise InputError(
+            f"--class_index: expected one class a line, or a number and a class in every line, each once, in {path}"
+        )
     return numbers
 
 
@@ -129,9 +141,9 @@ def read_labels(path: str, files: Sequence[str]) -> dict[str, str]:
         mark = "\t" if "\t" in line else "," if "," in line else " "
         name, _, rest = line.partition(mark)
         name, rest = os.path.basename(name.strip()), rest.strip()
-        if number == 1 and name not in known:
-            continue
         identifier = _WORDNET_ID.match(rest)
+        if number == 1 and not (name in known or identifier or "." in name):
+            continue  # a heading
         label = identifier.group() if identifier else rest.partition(mark)[0].strip()
         if not name or not label:
             raise InputError(f"--val_labels: expected a name and a class in line {number} of {path}, got {line!r}")

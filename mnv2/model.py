@@ -189,16 +189,25 @@ class InvertedResidual(nn.Module):
         *expand, depthwise, project, project_norm = layers
         return reference.inverted_residual(
             x,
-            expand[0][0].weight if expand else None,
+            _weight(expand[0][0], expand[0][2]) if expand else None,
             _batch_norm(expand[0][1]) if expand else None,
-            depthwise[0].weight,
+            _weight(depthwise[0], depthwise[2]),
             _batch_norm(depthwise[1]),
-            project.weight,
+            _weight(project),
             _batch_norm(project_norm),
             stride=self.shape.stride,
             residual=self.shape.residual,
             padding=self.padding,
         )
+
+
+def _weight(conv: nn.Module, activation: nn.Module | None = None) -> Tensor:
+    """Weight of ``conv``, unless the operation would ignore what a user has put in its place or behind it."""
+    if not isinstance(conv, Conv2d) or conv.bias is not None:
+        raise TypeError(f"conv: expected Conv2d without bias for each convolution of the block, got {conv}")
+    if not (activation is None or isinstance(activation, nn.ReLU6)):
+        raise TypeError(f"conv: expected nn.ReLU6 for each activation of the block, got {type(activation).__name__}")
+    return conv.weight
 
 
 def _batch_norm(module: nn.Module) -> BatchNorm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,7 @@ class Weights:
     state: Mapping[str, Tensor]
     classes: list[str] | None = None
     padding: str | None = None
+    norm_eps: float | None = None
 
     @property
     def num_classes(self) -> int:
@@ -39,6 +41,8 @@ class Weights:
         """
         if self.padding not in (None, model.padding):
             raise InputError(f"--padding: {self.path} was trained with {self.padding}, got {model.padding}")
+        if self.norm_eps not in (None, model.norm_eps):
+            raise InputError(f"--norm_eps: {self.path} was trained with {self.norm_eps}, got {model.norm_eps}")
         wanted = model.state_dict()
         for name, tensor in wanted.items():
             if name not in self.state:
@@ -90,6 +94,8 @@ def read(path: str) -> Weights:
         InputError: the file can't be read, or holds something else.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never answer
+            raise InputError(f"--pretrained: expected a file, got {path}")
         with open(path, "rb") as file:
             start = file.read(9)
     except OSError as error:
@@ -108,14 +114,23 @@ def read(path: str) -> Weights:
         raise InputError(f"--pretrained: expected a state dict in {path}, got {type(content).__name__}")
     if isinstance(content.get("model"), dict):
         weights = _weights(path, content["model"])
-        return replace(weights, classes=content.get("classes"), padding=content.get("config", {}).get("padding"))
+        classes, config = content.get("classes"), content.get("config")
+        names = classes if isinstance(classes, list) else ()
+        if classes is not None and [type(name) for name in names] != [str] * weights.num_classes:
+            raise InputError(f"--pretrained: expected {weights.num_classes} names in the classes of {path}")
+        if isinstance(config, dict):
+            weights = replace(weights, padding=config.get("padding"), norm_eps=config.get("norm_eps"))
+        return replace(weights, classes=classes)
     return _weights(path, content)
 
 
 def _weights(path: str, state: Mapping[str, Tensor]) -> Weights:
-    other = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
-    if other is not None:
-        raise InputError(f"--pretrained: expected a tensor for every name in {path}, but {other!r} is none")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise InputError(f"--pretrained: expected a tensor for every name in {path}, but {name!r} is none")
+        counter = name.endswith("num_batches_tracked")
+        if value.layout != torch.strided or value.is_meta or not (counter or value.is_floating_point()):
+            raise InputError(f"--pretrained: expected plain floats for {name} in {path}, got {value.dtype}")
     if _CLASSIFIER not in state or state[_CLASSIFIER].dim() != 2:
         names = ", ".join(list(state)[:3]) or "nothing"
         raise InputError(f"--pretrained: expected torchvision's names in {path}, {_CLASSIFIER} too, got {names} ...")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import shutil
 import sys
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 from samples import photo
 
 from mnv2 import data
-from mnv2.config import InputError
+from mnv2.config import InputError, RunError
 from mnv2.data import Augmentation, Loader, Profile, SyntheticLoader, picture_pipeline, profile, steps_per_epoch
 from mnv2.distributed import World
 
@@ -41,6 +43,7 @@ def test_profiles_are_those_published():
     assert profile("reference", 192).shorter == 224
     assert [profile("torchvision", resize).shorter for resize in (224, 192, 160, 128, 96)] == [256, 219, 183, 146, 110]
     assert profile("timm", 224) == Profile(224, 256, cubic=True)
+    assert profile("tf", 192).shorter == 219
     assert (profile("tf", 224).mean, profile("tf", 224).std) == ((127.5,) * 3, (127.5,) * 3)
     assert profile("torchvision", 224).mean == pytest.approx((123.675, 116.28, 103.53))
     assert profile("torchvision", 224).std == pytest.approx((58.395, 57.12, 57.375))
@@ -190,12 +193,47 @@ def test_a_file_that_fails_to_decode_is_named(paths, tmp_path):
     bad = tmp_path / "bad.png"
     photo(1, 60, 60).save(bad)
     content = bytearray(bad.read_bytes())
-    content[100:200] = bytes(100)
+    content[100:200] = bytes(100)  # inside the first chunk of data, whose checksum is made right again
+    length = int.from_bytes(content[33:37], "big")
+    content[41 + length : 45 + length] = zlib.crc32(content[37 : 41 + length]).to_bytes(4, "big")
     bad.write_bytes(content)
     for transform in (Profile(16, 18), Augmentation(16)):
         with pytest.raises(InputError, match=r"bad.png looks whole but can't be decoded; mend or remove it"):
             for _ in loader([*paths, str(bad)], transform, 2):
                 pass
+
+
+def test_a_file_that_is_emptied_after_the_check_is_named(paths, tmp_path):
+    """The reader fails ahead of the decoder, at a sample that isn't the decoder's next."""
+    copies = []
+    for path in paths:
+        copies.append(str(tmp_path / f"{len(copies)}.jpg"))
+        shutil.copy(path, copies[-1])
+    open(copies[13], "w").close()
+    with pytest.raises(InputError, match=r"/13.jpg is empty by now; mend or remove it"):
+        list(loader(copies, Profile(16, 18), 2))
+
+
+def test_a_failure_of_no_file_is_one_line(paths, monkeypatch):
+    monkeypatch.setattr(data, "first_undecodable", lambda *arguments: None)
+    batches = loader(paths, Profile(16, 18))
+
+    class Broken:
+        def __next__(self):
+            raise RuntimeError("Critical error in pipeline:\nbad_alloc in resize\nmore")
+
+    batches._iterator = Broken()
+    with pytest.raises(RunError, match=r"^the loader failed at no single file: bad_alloc in resize$"):
+        next(iter(batches))
+
+
+def test_an_error_of_the_users_own_is_not_taken_for_a_files(paths):
+    def use():
+        for _ in loader(paths, Profile(16, 18)):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="^out of memory$"):
+        use()
 
 
 def test_an_epoch_without_a_step_is_refused(paths):

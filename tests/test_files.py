@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import os
 import re
 import shutil
 
 import pytest
+import torch
 from samples import CLASSES, photo, write_photos
 
 from mnv2.config import DEFAULT_DATA, InputError, TrainConfig
 from mnv2.distributed import World
 from mnv2.files import check_pictures, list_pictures, prepare
+from mnv2.weights import Weights
 
 
 @pytest.fixture
@@ -180,17 +183,51 @@ def test_an_empty_class_keeps_its_number(data):
     (data / "val" / "bee").mkdir()
     shutil.rmtree(data / "train")
     config = TrainConfig(data_url=str(data), bad_files="skip")
-    _, index = prepare(list_pictures(str(data), "val"), config, World(), outputs=None)
+    _, index, outputs = prepare(list_pictures(str(data), "val"), config, World())
+    assert outputs == 3
     assert index.numbers == {"ant": 0, "bee": 1, "cat": 2}
 
 
 def test_a_validation_set_that_lacks_a_class_is_numbered_as_training(data):
     shutil.rmtree(data / "val" / "ant")
-    pictures, index = prepare(list_pictures(str(data), "val"), TrainConfig(data_url=str(data)), World(), outputs=None)
+    pictures, index, _ = prepare(list_pictures(str(data), "val"), TrainConfig(data_url=str(data)), World())
     assert set(index.labels(pictures.names)) == {1, 2}
 
 
 def test_too_few_outputs_are_refused(photos):
-    config = TrainConfig(data_url=str(photos))
+    pictures = list_pictures(str(photos), "val")
     with pytest.raises(InputError, match="--num_classes: expected at least 3 .*, got 2"):
-        prepare(list_pictures(str(photos), "val"), config, World(), outputs=2)
+        prepare(pictures, TrainConfig(data_url=str(photos), num_classes=2), World())
+    with pytest.raises(InputError, match="--pretrained: expected at least 3 .*, got 2"):
+        prepare(pictures, TrainConfig(data_url=str(photos)), World(), outputs_of(2))
+
+
+def outputs_of(count):
+    return Weights("w.pth", {"classifier.1.weight": torch.ones(count, 8)})
+
+
+def test_numbers_are_not_guessed_for_weights_with_other_outputs(photos):
+    """Five outputs and three folders: which is which is not the folders' to say."""
+    pictures = list_pictures(str(photos), "val")
+    with pytest.raises(InputError, match="--class_index: expected folders, .* since w.pth has 5 outputs"):
+        prepare(pictures, TrainConfig(data_url=str(photos)), World(), outputs_of(5))
+    _, index, outputs = prepare(
+        pictures, TrainConfig(data_url=str(photos), class_index="folders"), World(), outputs_of(5)
+    )
+    assert (index.numbers, outputs) == ({"ant": 0, "bee": 1, "cat": 2}, 5)
+
+
+def test_labels_that_name_no_picture_are_refused(tmp_path):
+    (tmp_path / "val").mkdir()
+    photo(1, 40, 40).save(tmp_path / "val" / "a.jpg")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("A.png,cat\nB.png,dog\n")
+    with pytest.raises(InputError, match="--val_labels: .* names none of the 1 pictures"):
+        list_pictures(str(tmp_path), "val", str(labels))
+
+
+def test_a_name_that_is_not_utf8_is_passed_over_and_counted(data, capsys):
+    with open(os.fsencode(data / "val" / "ant") + b"/bad\xff.jpg", "wb") as file:
+        file.write((data / "val" / "ant" / "000.jpg").read_bytes())
+    assert len(listed(data)) == 11
+    assert "1 whose name isn't UTF-8" in capsys.readouterr().out

@@ -80,11 +80,15 @@ def test_digits_in_a_file_are_names_unless_they_number(tmp_path):
     assert class_index(str(path), ["8"]).labels(["8"]) == [1]
 
 
-@pytest.mark.parametrize("text", ["", "ant\nant\n", "0\tant\n0\tbee\n"], ids=["empty", "name-twice", "number-twice"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "ant\nant\n", "0\tant\n0\tbee\n", "0\n1,ant\n", "ant,x\nbee,y\n"],
+    ids=["empty", "name-twice", "number-twice", "half-numbered", "two-names"],
+)
 def test_a_file_that_cant_decide_is_refused(tmp_path, text):
     path = tmp_path / "classes.txt"
     path.write_text(text)
-    with pytest.raises(InputError, match="--class_index: expected a file of one class a line"):
+    with pytest.raises(InputError, match="--class_index: expected one class a line"):
         class_index(str(path), ["ant"])
 
 
@@ -110,6 +114,13 @@ def test_labels_are_read(tmp_path, text):
     path = tmp_path / "labels.csv"
     path.write_text(text, newline="")
     assert read_labels(str(path), FILES) == {FILES[0]: "n02123394", FILES[1]: "n01440764"}
+
+
+@pytest.mark.parametrize("line", ["gone.jpg cat", "gone n02123394"])
+def test_a_first_line_that_names_a_missing_picture_is_no_heading(tmp_path, line):
+    path = tmp_path / "labels.txt"
+    path.write_text(f"{line}\na.jpg dog\n")
+    assert line.split()[0] in read_labels(str(path), ["a.jpg"])
 
 
 def test_names_with_spaces_are_kept(tmp_path):

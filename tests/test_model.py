@@ -158,6 +158,41 @@ def test_same_padding_and_epsilon_reach_every_layer():
     torch.testing.assert_close(same(odd), plain(odd))
 
 
+def test_same_padding_reaches_every_layer_of_stride_2():
+    model = settled(MobileNetV2(0.35, padding="same"))
+    seen = {}
+    for shape, layer in zip(model.layer_shapes(32), model.features, strict=False):
+        if shape.stride == 2:
+            layer.register_forward_hook(lambda module, inputs, output: seen.__setitem__(module, (inputs[0], output)))
+    model(torch.randn(2, 3, 32, 32))
+    assert len(seen) == 5
+    for layer, (x, y) in seen.items():
+        nothing = nn.Identity()
+        units = list(layer.conv) if hasattr(layer, "conv") else [layer, nothing, nothing]
+        *expand, (conv, norm, act), project, project_norm = units
+        a = expand[0](x) if expand else x
+        even = torch.nn.functional.pad(a, (0, 1, 0, 1))  # TensorFlow's zeros of an even size
+        d = torch.nn.functional.conv2d(even, conv.weight, stride=2, groups=conv.groups)
+        torch.testing.assert_close(project_norm(project(act(norm(d)))), y)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda block: block.conv[0].__setitem__(2, nn.Hardswish()), "expected nn.ReLU6 .* got Hardswish"),
+        (lambda block: block.conv[1].__setitem__(2, nn.Identity()), "expected nn.ReLU6 .* got Identity"),
+        (lambda block: block.conv.__setitem__(2, nn.Conv2d(48, 8, 1)), "expected Conv2d without bias .* got Conv2d"),
+        (lambda block: setattr(block.conv[0][0], "bias", nn.Parameter(torch.ones(48))), "expected Conv2d without bias"),
+    ],
+    ids=["activation", "depthwise-activation", "convolution", "bias"],
+)
+def test_a_replaced_part_is_refused_and_not_ignored(change, message):
+    block = MobileNetV2(0.35).features[3]
+    change(block)
+    with pytest.raises(TypeError, match=message):
+        block(torch.randn(2, 8, 8, 8).contiguous(memory_format=torch.channels_last))
+
+
 def test_trains_and_is_deterministic():
     x, y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     losses = []

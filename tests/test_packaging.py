@@ -65,14 +65,19 @@ def test_the_wheel_works_where_it_is_installed(wheel, tmp_path):
     assert done.stdout.split() == [str(tmp_path / "mnv2" / "__init__.py"), "1000"]
 
 
-def test_the_wrong_kernels_package_is_named(tmp_path):
+@pytest.mark.parametrize("kind", ["package", "module", "empty folder"])
+def test_the_wrong_kernels_package_is_named(tmp_path, kind):
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(): ...\n")
+    if kind == "package":
+        (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(): ...\n")
+    elif kind == "module":
+        (tmp_path / "kernels").rmdir()
+        (tmp_path / "kernels.py").write_text("")
     (tmp_path / "mnv2").symlink_to(ROOT / "mnv2")
     done = subprocess.run([sys.executable, "-c", "import mnv2"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("ImportError: mnv2 needs its own package 'kernels', but Python found Hugging Face's")
+    assert last.startswith("ImportError: mnv2 needs its own package 'kernels', but Python found another")
     assert "pip uninstall kernels" in last
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import io
+import json
 import os
 import re
 import shutil
@@ -14,11 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 from samples import photo, settled, write_photos
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
 import validate
 from mnv2 import MobileNetV2, checkpoint
 from mnv2.config import TrainConfig
+from mnv2.data import Loader, profile
+from mnv2.distributed import World
+from mnv2.engine import evaluate
+from mnv2.files import list_pictures
+from mnv2.logs import evaluation_lines, with_progress
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--alpha", "0.35", "--resize", "32"]
@@ -77,12 +86,23 @@ def test_training_prints_the_references_lines_and_saves(photos, tmp_path, capsys
     words = [*SMALL, "--data_url", photos, "--epoch_size", 2, "--batch_size", 8, "--ckpt_save_dir", folder]
     assert train.main(list(map(str, words))) == 0
     lines = capsys.readouterr().out.splitlines()
+    averages = []
     for epoch, lr in enumerate(("0.10000", "0.05000")):
         first, second = [i for i, line in enumerate(lines) if line.startswith("Epoch")][2 * epoch : 2 * epoch + 2]
         pattern = rf"Epoch:\[{epoch}/2\], step:\[2/2\], loss:\[\d+\.\d{{3}}/\d+\.\d{{3}}\], time:\d+\.\d{{3}}, lr:{lr}"
         assert re.fullmatch(pattern, lines[first])
         pattern = r"Epoch time:\d+\.\d{3}, per step time:\d+\.\d{3}, avg loss:\d+\.\d{3}"
         assert re.fullmatch(pattern, lines[second])
+        averages.append(lines[second].split(", ")[-1])
+    start, *epochs = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert (start["event"], start["steps_per_epoch"], start["num_classes"], start["processes"]) == ("start", 2, 3, 1)
+    assert start["config"]["batch_size"] == 8
+    assert start["versions"]["torch"] == torch.__version__
+    assert [(line["event"], line["epoch"], line["learning_rate"]) for line in epochs] == [
+        ("epoch", 0, 0.1),
+        ("epoch", 1, pytest.approx(0.05)),
+    ]
+    assert averages == [f"avg loss:{line['loss_mean']:.3f}" for line in epochs]
     content = torch.load(folder / "last.pt", weights_only=True)
     assert content["classes"] == ["ant", "bee", "cat"]
     assert content["epoch"] == 2
@@ -93,13 +113,33 @@ def test_training_prints_the_references_lines_and_saves(photos, tmp_path, capsys
     assert "class numbers: the weights' own record" in lines
 
 
+def test_tensorboard_on_request(tmp_path, capsys):
+    words = [*SMALL, "--synthetic", "8", "--batch_size", "8", "--epoch_size", "1", "--ckpt_save_dir", str(tmp_path)]
+    assert train.main([*words, "--tensorboard"]) == 0
+    assert [path.name.split(".")[0] for path in (tmp_path / "tensorboard").iterdir()] == ["events"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_progress_bar_on_a_terminal_and_none_in_a_pipe(monkeypatch, rank):
+    for stream, shown in ((Terminal(), rank == 0), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert list(with_progress([1, 2, 3], 3, "epoch 0", World(rank, 2))) == [1, 2, 3]
+        assert ("epoch 0: 100%" in stream.getvalue() or "epoch 0:   0%" in stream.getvalue()) == shown
+
+
 def test_two_processes_train_one_network(photos, tmp_path):
     words = [*SMALL, "--data_url", photos, "--epoch_size", 2, "--batch_size", 5, "--max_lr", 0.01]
     done = run("train.py", *words, "--ckpt_save_dir", tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert "step:[2/2]" in done.stdout
     assert done.stdout.count("Epoch:[0/2]") == 1
-    assert os.listdir(tmp_path) == ["last.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "log.jsonl"]
+    assert (tmp_path / "log.jsonl").read_text().count('"event": "start"') == 1
 
 
 def test_a_subset_of_imagenet_is_numbered_as_imagenet(tmp_path, capsys):
@@ -203,8 +243,13 @@ def test_a_launchers_variable_that_is_no_number(variable):
             {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
             "RANK: expected 0 to 1 for a WORLD_SIZE of 2, got 2",
         ),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: expected a positive integer in the environment, got 0"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "abc"},
+            "the launcher's variables in the environment can't be used",
+        ),
     ],
-    ids=["no-rank", "no-address", "rank-too-high"],
+    ids=["no-rank", "no-address", "rank-too-high", "no-process", "port-no-number"],
 )
 def test_half_a_launchers_variables(environment, words):
     done = run("train.py", "--synthetic", **environment)
@@ -220,6 +265,119 @@ def test_an_interrupt_is_no_traceback(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=100)[1] == "train.py: interrupted\n"
     assert process.returncode == 130
+
+
+RECIPE = {
+    "alpha": 0.35, "resize": 32, "epoch_size": 3, "batch_size": 5, "max_lr": 0.02, "min_lr": 0.001, "momentum": 0.6,
+    "smooth_factor": 0.3, "hflip": 0.2, "crop_scale": (0.5, 0.9), "crop_ratio": (0.8, 1.1), "seed": 7, "dropout": 0.4,
+    "padding": "same", "norm_eps": 1e-3, "warmup_epochs": 1, "weight_decay": 1e-3, "num_parallel_workers": 1,
+}  # fmt: skip
+
+
+def test_training_is_what_its_flags_say(photos, tmp_path, monkeypatch):
+    """Every flag reaches what it is for, seen by standing in front of each."""
+    seen, rates = {}, []
+
+    def watched(name, original):
+        def call(*arguments, **keywords):
+            seen[name] = inspect.signature(original).bind(*arguments, **keywords).arguments
+            return original(*arguments, **keywords)
+
+        return call
+
+    def stepped(optimizer, *arguments):
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    for name in ("Augmentation", "Loader", "MobileNetV2"):
+        monkeypatch.setattr(train, name, watched(name, getattr(train, name)))
+    monkeypatch.setattr(torch.optim, "SGD", watched("SGD", torch.optim.SGD))
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", watched("loss", torch.nn.functional.cross_entropy))
+    handle = register_optimizer_step_pre_hook(stepped)
+    config = TrainConfig(**RECIPE, data_url=str(photos), ckpt_save_dir=str(tmp_path))
+    train.train(config, World())
+    handle.remove()
+
+    augmentation = {"resize": 32, "scale": (0.5, 0.9), "ratio": (0.8, 1.1), "hflip": 0.2}
+    assert seen["Augmentation"] == augmentation
+    assert (seen["Loader"]["batch_size"], seen["Loader"]["seed"], seen["Loader"]["threads"]) == (5, 7, 1)
+    network = {"alpha": 0.35, "num_classes": 3, "dropout": 0.4, "backend": "auto", "padding": "same", "norm_eps": 1e-3}
+    assert seen["MobileNetV2"] == network
+    assert (seen["SGD"]["momentum"], seen["SGD"]["nesterov"]) == (0.6, False)
+    assert [group["weight_decay"] for group in seen["SGD"]["params"]] == [1e-3, 0.0]
+    assert seen["loss"]["label_smoothing"] == 0.3
+    assert rates == pytest.approx([0.01] * 4 + [0.02] * 4 + [0.0105] * 4)
+
+
+AVERAGED = """
+import torch, train
+from mnv2.config import TrainConfig
+from mnv2.distributed import world
+with world("cpu") as here:
+    model = train.make_model(TrainConfig(alpha=0.35, resize=32, batch_size=4, seed=3), 3, here, None)
+    masks = here.gather(torch.nn.functional.dropout(torch.ones(1000), 0.5))
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(here.rank))
+    def gradient():
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(x).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    with model.no_sync():
+        own = here.gather(gradient())
+    both = here.gather(gradient())
+    weights = here.gather(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    mean = (own[0] + own[1]) / 2
+    here.print(
+        torch.equal(weights[0], weights[1]), torch.equal(both[0], both[1]), not torch.allclose(own[0], own[1]),
+        bool((both[0] - mean).norm() < 1e-5 * mean.norm()),
+        bool(0.4 < (masks[0] == masks[1]).double().mean() < 0.6),
+    )
+"""
+
+
+def test_processes_share_weights_and_gradients_and_not_dropout(tmp_path):
+    (tmp_path / "averaged.py").write_text(AVERAGED)
+    done = run(tmp_path / "averaged.py", processes=2, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True True True True True\n"
+
+
+def test_training_starts_from_the_weights_it_is_given(photos, tmp_path):
+    """At a rate of nothing the parameters stay, and so do the names of the classes in their own order."""
+    given = tmp_path / "given.pt"
+    model = MobileNetV2(0.35, num_classes=3)
+    checkpoint.save(str(given), model, config=TrainConfig(), classes=["cat", "ant", "bee"], epoch=0)
+    words = [*SMALL, "--data_url", str(photos), "--batch_size", "8", "--epoch_size", "1", "--max_lr", "1e-30"]
+    assert train.main([*words, "--pretrained", str(given), "--ckpt_save_dir", str(tmp_path)]) == 0
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert content["classes"] == ["cat", "ant", "bee"]
+    assert all((content["model"][name] - p).abs().max() < 1e-20 for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["reference", "torchvision", "timm", "tf"])
+def test_evaluation_is_what_its_flags_say(photos, tmp_path, name, capsys):
+    """At 96 px no two profiles are the same; padding, epsilon and smoothing are not the defaults."""
+    path = str(tmp_path / "last.pt")
+    model = settled(MobileNetV2(0.35, 3, padding="same", norm_eps=1e-3), 96)
+    config = TrainConfig(padding="same", norm_eps=1e-3)
+    checkpoint.save(path, model, config=config, classes=["bee", "cat", "ant"], epoch=0)
+    words = [
+        "--alpha",
+        "0.35",
+        "--resize",
+        "96",
+        "--preprocessing",
+        name,
+        "--smooth_factor",
+        "0.4",
+        "--padding",
+        "same",
+    ]
+    assert validate.main([*words, "--norm_eps", "1e-3", "--data_url", str(photos), "--pretrained", path]) == 0
+    pictures = list_pictures(str(photos), "val")
+    labels = [["bee", "cat", "ant"].index(name) for name in pictures.names]
+    loader = Loader(pictures.paths, labels, profile(name, 96), batch_size=64, world=World())
+    expected = evaluation_lines(evaluate(model, loader, 11, World(), 0.4), 0.4)
+    assert steady(capsys.readouterr().out)[-4:] == steady(expected)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mnv2 import MobileNetV2, checkpoint, weights
-from mnv2.config import InputError, TrainConfig
+from mnv2.config import InputError, RunError, TrainConfig
 
 
 @pytest.fixture
@@ -55,7 +55,8 @@ def test_a_checkpoint_is_plain_and_whole(model, tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) & 0o400
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path, monkeypatch, step):
     path = tmp_path / "last.pt"
     checkpoint.save(str(path), model, config=TrainConfig(), classes=None, epoch=1)
     before = path.read_bytes()
@@ -63,11 +64,14 @@ def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, step, full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(str(path), model, config=TrainConfig(), classes=None, epoch=2)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+CLASSIFIER = {"classifier.1.weight": torch.ones(4, 8)}
 
 
 class Harmful:
@@ -78,8 +82,14 @@ class Harmful:
 @pytest.mark.parametrize(
     ("write", "words"),
     [
+        (lambda path: torch.save({"a": torch.ones(2).int()}, path), "expected plain floats for a in"),
+        (lambda path: torch.save({"a": torch.eye(2).to_sparse()}, path), "expected plain floats"),
+        (lambda path: torch.save({3: torch.ones(2)}, path), "expected a tensor for every name .*, but 3 is none"),
+        (lambda path: os.mkfifo(path), "expected a file, got"),
+        (lambda path: torch.save({"model": CLASSIFIER, "classes": 5}, path), "expected 4 names in the classes"),
+        (lambda path: torch.save({"model": CLASSIFIER, "classes": ["a"]}, path), "expected 4 names in the classes"),
         (lambda path: None, "can't read .*: No such file"),
-        (lambda path: path.mkdir(), "can't read .*: Is a directory"),
+        (lambda path: path.mkdir(), "expected a file, got"),
         (lambda path: path.write_bytes(b""), "is damaged or no file of weights"),
         (lambda path: path.write_bytes(b"<html>404 not found</html>" * 10), "is no file of plain weights|is damaged"),
         (lambda path: path.write_bytes(pickle.dumps(Harmful())), "is no file of plain weights"),
@@ -92,6 +102,7 @@ class Harmful:
         (lambda path: cut(path, lambda p: torch.save({"classifier.1.weight": torch.ones(4, 1280)}, p)), "is damaged"),
     ],
     ids=[
+        "integers", "sparse", "integer-names", "pipe", "class-number", "too-few-classes",
         "missing", "folder", "empty", "html", "pickle", "pickle-in-zip", "list", "nothing", "numbers", "timm",
         "cut-safetensors", "cut-pth",
     ],
@@ -137,6 +148,16 @@ def test_a_checkpoint_remembers_its_padding(tmp_path):
     weights.read(path).load_into(MobileNetV2(0.35, 4, padding="same"))
     with pytest.raises(InputError, match="--padding: .*last.pt was trained with same, got symmetric"):
         weights.read(path).load_into(MobileNetV2(0.35, 4))
+
+
+def test_a_full_disk_is_one_line(model, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 514368 vs 514264")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match=r"can't write .*last.pt \(is the disk full\?\): .*unexpected pos"):
+        checkpoint.save(str(tmp_path / "last.pt"), model, config=TrainConfig(), classes=None, epoch=1)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_failed_load_changes_nothing(model):
