@@ -32,11 +32,13 @@ def surroundings() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS).stdout.strip()
+    commit, changes = (
+        subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent.parent).stdout.strip()
+        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", ".", ":!bench/results"))
+    )
     return {
         "command": shlex.join(["pytest", *sys.argv[1:]]),
-        "commit": commit,
+        "commit": commit + ("-dirty" if changes else ""),
         "versions": versions,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "cores": len(os.sched_getaffinity(0)),
