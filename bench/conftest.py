@@ -9,15 +9,15 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mnv2.logs import versions
+
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "numpy", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
 def pytest_addoption(parser):
@@ -26,12 +26,6 @@ def pytest_addoption(parser):
 
 def surroundings() -> dict[str, Any]:
     """Command, commit, versions and device of this run."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     commit, changes = (
         subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent.parent).stdout.strip()
         for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", ".", ":!bench/results"))
@@ -39,7 +33,7 @@ def surroundings() -> dict[str, Any]:
     return {
         "command": shlex.join(["pytest", *sys.argv[1:]]),
         "commit": commit + ("-dirty" if changes else ""),
-        "versions": versions,
+        "versions": versions("pillow"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "cores": len(os.sched_getaffinity(0)),
     }

@@ -72,12 +72,12 @@ def world(device: str = "auto") -> Iterator[World]:
         yield World(device=place)
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing or not 0 <= rank < size:
+    if missing:
         raise InputError(
             f"WORLD_SIZE: {size} processes are announced, but {missing[0]} is not set; start them with torchrun"
-            if missing
-            else f"RANK: expected 0 to {size - 1} for a WORLD_SIZE of {size}, got {rank}"
         )
+    if not 0 <= rank < size:
+        raise InputError(f"RANK: expected 0 to {size - 1} for a WORLD_SIZE of {size}, got {rank}")
     try:
         if place.type == "cuda":
             dist.init_process_group("nccl", device_id=place)

@@ -84,7 +84,7 @@ class RunLog:
         self._write(
             "start",
             config=asdict(config),
-            versions=_versions(),
+            versions=versions(),
             device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
             processes=world.size,
             steps_per_epoch=steps,
@@ -122,11 +122,12 @@ class RunLog:
         self._file.flush()
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the distributions that a result depends on, those named in ``more`` too."""
+    found = {"python": platform.python_version()}
+    for name in (*_PACKAGES, *more):
         try:
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
