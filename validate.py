@@ -14,34 +14,30 @@ import torch
 
 from mnv2 import MobileNetV2
 from mnv2.config import ValidateConfig, exit_status, parse
-from mnv2.data import Loader, SyntheticLoader, profile
+from mnv2.data import Loader, SyntheticLoader
 from mnv2.distributed import World, world
 from mnv2.engine import Evaluation, evaluate
 from mnv2.files import list_pictures, prepare
+from mnv2.inputs import evaluation_loader
 from mnv2.logs import evaluation_lines
+from mnv2.trainer import autocast, numerics
 from mnv2.weights import find
 
 
 def validate(config: ValidateConfig, world: World) -> Evaluation:
     """Evaluate as ``config`` says."""
     pictures = None if config.synthetic else list_pictures(config.data_url, "val", config.val_labels)
-    trained = find(config.pretrained, config.alpha, config.resize)
+    trained = find(config.pretrained, config.alpha, config.resize, ema=config.ema)
     loader: Loader | SyntheticLoader
     if pictures is None:
         total, num_classes = config.synthetic, config.num_classes or (trained.num_classes if trained else 1000)
-        shape = {"resize": config.resize, "batch_size": config.batch_size}
-        loader = SyntheticLoader(total, num_classes, **shape, world=world, training=False)
+        loader = SyntheticLoader(
+            total, num_classes, resize=config.resize, batch_size=config.batch_size, world=world, training=False
+        )
     else:
         pictures, index, num_classes = prepare(pictures, config, world, trained)
         total = len(pictures)
-        loader = Loader(
-            pictures.paths,
-            index.labels(pictures.names),
-            profile(config.preprocessing, config.resize),
-            batch_size=config.batch_size,
-            world=world,
-            threads=config.threads,
-        )
+        loader = evaluation_loader(config, world, pictures, index)
     torch.manual_seed(config.seed)
     model = MobileNetV2(
         config.alpha, num_classes, backend=config.backend, padding=config.padding, norm_eps=config.norm_eps
@@ -50,9 +46,10 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
         trained.load_into(model)
     world.print(
         f"alpha {config.alpha}, {config.resize} px, {num_classes} classes, preprocessing {config.preprocessing}, "
-        f"weights: {trained.path if trained else 'none, the network has learnt nothing'}"
+        f"weights: {trained or 'none, the network has learnt nothing'}"
     )
-    return evaluate(model.to(world.device), loader, total, world, config.smooth_factor)
+    with autocast(config.precision, world):
+        return evaluate(model.to(world.device), loader, total, world, config.smooth_factor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ValidateConfig, argv, "Evaluate MobileNetV2.")
 
     def action() -> None:
-        with world(config.device) as here:
+        with numerics(config.deterministic), world(config.device, config.run_distribute) as here:
             here.print(evaluation_lines(validate(config, here), config.smooth_factor))
 
     return exit_status("validate.py", action)

@@ -35,6 +35,14 @@ class RunError(RuntimeError):
     """A run can't go on, or its result can't be trusted; the message is one line that says why."""
 
 
+class Stopped(Exception):  # noqa: N818  # no error
+    """A signal has stopped the run, which was saved; the message is empty where another process tells it."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 def exit_status(script: str, action: Callable[[], None]) -> int:
     """Do ``action`` and return the exit status of ``script``; what is expected to go wrong becomes one line."""
     try:
@@ -42,6 +50,10 @@ def exit_status(script: str, action: Callable[[], None]) -> int:
     except (InputError, RunError, OSError) as error:
         sys.stderr.write(f"{script}: {error}\n")  # in one piece: the processes of a run share stderr
         return 1
+    except Stopped as stopped:
+        if str(stopped):
+            sys.stderr.write(f"{script}: {stopped}\n")
+        return 128 + stopped.signal_number
     except KeyboardInterrupt:
         sys.stderr.write(f"{script}: interrupted\n")
         return 130
@@ -86,15 +98,29 @@ class RunConfig:
     backend: str = option("auto", "how the blocks run", choices=("auto", "torch"))
     padding: str = option("symmetric", "zeros at stride 2: torchvision's or TensorFlow's", choices=PADDINGS)
     norm_eps: float = option(1e-5, "epsilon of every BatchNorm; 1e-3 for TensorFlow's weights")
-    batch_size: int = option(64, "pictures a step and process")
+    batch_size: int = option(64, "pictures a process and forward pass")
     num_parallel_workers: int = option(8, "decoding threads a process, at most one a core")
     class_index: str = option(
         "auto", "a class's number: auto, folders (sorted), imagenet, or a FILE of one class a line", metavar="RULE"
     )
+    preprocessing: str = option(
+        "reference",
+        "evaluation's resize and crop: short side + 32, torchvision's 256/224, timm's 0.875 bicubic, or tf's with "
+        "inputs in [-1, 1]",
+        choices=("reference", "torchvision", "timm", "tf"),
+    )
+    val_labels: str | None = option(
+        None, "file of names and classes for a flat val/ (Kaggle's LOC_val_solution.csv too)", metavar="FILE"
+    )
     bad_files: str = option("error", "stop at a damaged file, or leave it out", choices=("error", "skip"))
     synthetic: int = option(0, "this many made-up pictures instead of --data_url", const=SYNTHETIC_PICTURES)
     smooth_factor: float = option(0.1, "label smoothing of the loss, 0 for none")
+    precision: str = option(
+        "fp32", "of the network's arithmetic; fp16 and bf16 through torch.autocast", choices=("fp32", "fp16", "bf16")
+    )
     device: str = option("auto", "where the network runs", choices=("auto", "cuda", "cpu"))
+    run_distribute: bool = option(True, "False refuses a launcher that has started several processes")
+    deterministic: bool = option(False, "algorithms that give the same bits each time, also on a GPU, where slower")
     seed: int = option(0, "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
@@ -129,11 +155,14 @@ class TrainConfig(RunConfig):
     """A training run; the defaults are the reference's recipe."""
 
     epoch_size: int = option(200, "epochs")
+    repeat_num: int = option(1, "times that an epoch goes through the pictures")
+    grad_accum_steps: int = option(1, "batches whose gradients are averaged for one step of the optimizer")
     lr_decay_mode: str = option(
         "cosine_decay_lr", "course of the learning rate", choices=("cosine_decay_lr", "piecewise_constant_lr")
     )
     max_lr: float = option(0.1, "learning rate at its highest, of the cosine")
     min_lr: float = option(0.0, "learning rate that the cosine falls to")
+    decay_epoch: int | None = option(None, "epochs by which the cosine has fallen; None for epoch_size")
     milestone: tuple[int, ...] = option((), "epochs at which the piecewise constant rate changes", metavar="EPOCH")
     learning_rates: tuple[float, ...] = option(
         (), "piecewise constant rates, one before each milestone and perhaps one after the last", metavar="RATE"
@@ -143,17 +172,42 @@ class TrainConfig(RunConfig):
     momentum: float = option(0.9, "momentum of the optimizer")
     nesterov: bool = option(False, "Nesterov's momentum in SGD")
     weight_decay: float = option(0.0, "of convolutions and classifier, not of BatchNorm and biases")
+    clip_grad_norm: float = option(0.0, "largest norm of all gradients together, 0 for no limit")
+    ema_decay: float = option(0.0, "share that stays in the average of the weights at each step, 0 for no average")
+    sync_bn: bool = option(False, "BatchNorm's statistics over all processes (GPUs)")
+    freeze: str = option(
+        "none", "what isn't trained: none, or features to train the classifier alone", choices=("none", "features")
+    )
     dropout: float = option(0.2, "probability of dropping a pooled feature")
     crop_scale: tuple[float, float] = option((0.08, 1.0), "share of a picture's area that a random crop covers")
     crop_ratio: tuple[float, float] = option((0.75, 1.333), "width over height of a random crop")
     hflip: float = option(0.5, "probability of a mirrored picture")
-    ckpt_save_dir: str = option("./mobilenet_v2", "folder of the checkpoint and of log.jsonl")
+    ckpt_save_dir: str = option("./mobilenet_v2", "folder of the checkpoints and of log.jsonl")
+    keep_checkpoint_max: int = option(10, "checkpoints of past epochs that are kept beside last.pt and best.pt")
+    save_every: int = option(0, "steps between checkpoints within an epoch, 0 for its end alone")
+    resume: str | None = option(
+        None,
+        "go on from last.pt in ckpt_save_dir where there is one (auto), or from a FILE",
+        const="auto",
+        metavar="auto|FILE",
+    )
+    eval_every: int = option(1, "epochs between evaluations on val/, 0 for none")
+    log_every: int = option(100, "steps between lines of log.jsonl")
     tensorboard: bool = option(False, "write TensorBoard's files too (extra: tensorboard)")
 
     def __post_init__(self) -> None:
         """Check every value that doesn't need the data to be looked at."""
         super().__post_init__()
-        _require(self, "epoch_size", lambda value: value >= 1, "a positive integer")
+        for name in ("epoch_size", "repeat_num", "grad_accum_steps", "log_every"):
+            _require(self, name, lambda value: 1 <= value <= 10**9, "a positive integer")
+        for name in ("keep_checkpoint_max", "save_every", "eval_every"):
+            _require(self, name, lambda value: 0 <= value <= 10**9, "an integer from 0 up")
+        _require(
+            self,
+            "decay_epoch",
+            lambda value: value is None or value > self.warmup_epochs,
+            f"an integer over warmup_epochs {self.warmup_epochs}",
+        )
         _require(self, "max_lr", lambda value: 0 < value < math.inf, "a positive number")
         _require(self, "min_lr", lambda value: 0 <= value <= self.max_lr, f"a number from 0 to max_lr {self.max_lr}")
         _require(
@@ -166,7 +220,10 @@ class TrainConfig(RunConfig):
         self._check_pieces()
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise InputError(f"--nesterov: expected SGD with momentum, got {self.optimizer}, momentum {self.momentum}")
-        for name in ("momentum", "dropout"):
+        _require(self, "clip_grad_norm", lambda value: 0 <= value < math.inf, "a number from 0 up")
+        if self.freeze != "none" and self.pretrained is False and self.resume is None:
+            raise InputError("--freeze: expected --pretrained FILE with features that have learnt something, got none")
+        for name in ("momentum", "dropout", "ema_decay"):
             _require(self, name, lambda value: 0 <= value < 1, "a number from 0 up to, but not, 1")
         _require(self, "hflip", lambda value: 0 <= value <= 1, "a probability")
         _require(self, "crop_scale", lambda value: 0 < value[0] <= value[1] <= 1, "two rising numbers, over 0 to 1")
@@ -200,14 +257,7 @@ class ValidateConfig(RunConfig):
     pretrained: bool | str = option(
         True, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
     )
-    preprocessing: str = option(
-        "reference",
-        "resize and crop: short side + 32, torchvision's 256/224, timm's 0.875 bicubic, or tf's with inputs in [-1, 1]",
-        choices=("reference", "torchvision", "timm", "tf"),
-    )
-    val_labels: str | None = option(
-        None, "file of names and classes for a flat val/ (Kaggle's LOC_val_solution.csv too)", metavar="FILE"
-    )
+    ema: bool = option(False, "take the averaged weights of a checkpoint")
 
 
 def _check(config: RunConfig, name: str, check: Callable[[Any], None]) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,6 +33,13 @@ IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 _READER = "reader"
 _SEARCHED = 64  # files decoded at once in the search for one that fails
+
+
+class LoaderState(TypedDict):
+    """Batches of the epoch that are used, and DALI's own state of the reader and its random numbers."""
+
+    position: int
+    reader: bytes
 
 
 class Batch(NamedTuple):
@@ -175,10 +182,11 @@ def _short_side_and_centre(shape: Any, transform: Profile) -> tuple[Any, tuple[A
 
 
 class Loader:
-    """Iterates over the batches of an epoch; ``len()`` is their number.
+    """Iterates over the batches of an epoch; ``len()`` is their number, ``pictures`` that of all processes' pictures.
 
     Training (an ``Augmentation``) shuffles, shares the pictures out among the processes and drops the tail, so that
-    every process has floor(pictures / (batch_size * world size)) batches and no picture comes twice. Evaluation (a
+    every process has floor(pictures / (batch_size * accumulate * world size)) * accumulate batches and no picture comes
+    twice. Evaluation (a
     ``Profile``) sees every picture once: process r has pictures r, r + world size, ..., whatever their number, none
     included, and its last batch is filled up (see ``Batch``).
 
@@ -191,6 +199,9 @@ class Loader:
         dtype: of the images, float32 or float16.
         threads: decoding threads.
         seed: of order and augmentation.
+        accumulate: batches of one training step.
+        state: what ``state()`` gave in an earlier run of the same pictures, batch size, place and world size: goes on
+            from there.
 
     Raises:
         InputError: there are too few pictures for one training step, or a file can't be decoded (it is named).
@@ -207,11 +218,14 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         threads: int = 2,
         seed: int = 0,
+        accumulate: int = 1,
+        state: LoaderState | None = None,
     ):
         if dtype not in (torch.float32, torch.float16):
             raise ValueError(f"dtype: expected torch.float32 or torch.float16, got {dtype}")
         if len(paths) != len(labels):
             raise ValueError(f"labels: expected one for each of {len(paths)} paths, got {len(labels)}")
+        self.pictures = len(paths)
         self._world = world
         self._threads = threads
         self._labels = torch.tensor(labels, dtype=torch.int64)
@@ -219,11 +233,11 @@ class Loader:
         # Evaluation shares the list out here, since DALI's readers can't have fewer pictures than shards.
         self._paths = list(paths) if self._training else list(paths[world.rank :: world.size])
         if self._training:
-            self._batches = steps_per_epoch(len(paths), batch_size, world.size)
+            self._batches = accumulate * steps_per_epoch(len(paths), batch_size, world.size, accumulate)
         else:
             self._batches = -(-len(self._paths) // batch_size)
         self._iterator: DALIGenericIterator | None = None
-        self._position = 0
+        self._position = self._start = state["position"] if state else 0
         if self._batches == 0:
             return
         gpu = world.device.type == "cuda"
@@ -240,6 +254,7 @@ class Loader:
                 num_threads=threads,
                 device_id=world.device.index if gpu else None,
                 seed=seed * world.size + world.rank,
+                checkpoint=state["reader"] if state else None,
             )
             self._iterator = DALIGenericIterator(
                 [pipeline],
@@ -255,27 +270,34 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         if self._iterator is None:
             return
-        if self._position:
+        if self._position != self._start:
             raise ValueError(
                 f"the epoch before was left after {self._position} of {self._batches} batches, and DALI can't go back: "
                 "make a new Loader"
             )
-        while True:
+        for position in range(self._start + 1, self._batches + 1):
             with self._naming_bad_files():
-                outputs = next(self._iterator, None)
-            if outputs is None:
-                break
-            self._position += 1
-            # The reader's epoch may be one batch longer than training's: that batch is read and not used.
-            if self._position <= self._batches:
-                yield self._batch(outputs[0]["images"], outputs[0]["places"].flatten().long())
-        self._position = 0
+                outputs = next(self._iterator)[0]
+                batch = self._batch(outputs["images"], outputs["places"].flatten().long(), position)
+                if position == self._batches:
+                    # The reader's epoch may be longer than training's. At its end the reader starts the next epoch.
+                    while next(self._iterator, None) is not None:
+                        pass
+            self._position = position % self._batches
+            if self._position == 0:
+                self._start = 0
+            yield batch
 
-    def _batch(self, images: Tensor, places: Tensor) -> Batch:
+    def state(self) -> LoaderState:
+        """Where the loader is after the last batch that it gave; it restores with weights only."""
+        assert self._iterator is not None
+        return {"position": self._position, "reader": self._iterator.checkpoints()[0]}
+
+    def _batch(self, images: Tensor, places: Tensor, position: int) -> Batch:
         numbers = places if self._training else places * self._world.size + self._world.rank
         labels = self._labels[numbers].to(images.device, non_blocking=True)
         if not self._training:
-            rows = torch.arange(len(places)) + (self._position - 1) * len(places)
+            rows = torch.arange(len(places)) + (position - 1) * len(places)
             numbers = torch.where(rows < len(self._paths), numbers, -1)
         return Batch(images.permute(0, 3, 1, 2), labels, numbers)
 
@@ -298,17 +320,18 @@ class Loader:
             raise RunError(f"the loader failed at no single file: {cause[0] if cause else error}") from error
 
 
-def steps_per_epoch(pictures: int, batch_size: int, processes: int) -> int:
-    """Training steps of an epoch: floor(pictures / (batch_size * processes)).
+def steps_per_epoch(pictures: int, batch_size: int, processes: int, accumulate: int = 1) -> int:
+    """Training steps of an epoch: floor(pictures / (batch_size * accumulate * processes)).
 
     Raises:
         InputError: there is not one.
     """
-    steps = pictures // (batch_size * processes)
+    steps = pictures // (batch_size * accumulate * processes)
     if steps == 0:
+        most, batches = pictures // (processes * accumulate), f", {accumulate} batches a step" if accumulate > 1 else ""
         raise InputError(
-            f"--batch_size: expected at most {pictures // processes} for {pictures} pictures and {processes} "
-            f"processes, got {batch_size}: an epoch would have no step"
+            f"--batch_size: expected at most {most} for {pictures} pictures and {processes} processes{batches}, "
+            f"got {batch_size}: an epoch would have no step"
         )
     return steps
 
@@ -341,10 +364,22 @@ class SyntheticLoader:
     One batch is made and given again and again, so nothing but the network takes time.
     """
 
-    def __init__(self, pictures: int, num_classes: int, *, resize: int, batch_size: int, world: World, training: bool):
+    def __init__(
+        self,
+        pictures: int,
+        num_classes: int,
+        *,
+        resize: int,
+        batch_size: int,
+        world: World,
+        training: bool,
+        accumulate: int = 1,
+        state: LoaderState | None = None,
+    ):
         self._numbers = range(pictures)[world.rank :: world.size]
+        self._position = state["position"] if state else 0
         if training:
-            self._batches = steps_per_epoch(pictures, batch_size, world.size)
+            self._batches = accumulate * steps_per_epoch(pictures, batch_size, world.size, accumulate)
         else:
             self._batches = -(-len(self._numbers) // batch_size)
         generator = torch.Generator().manual_seed(world.rank)
@@ -357,8 +392,13 @@ class SyntheticLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         size = len(self._labels)
-        for step in range(self._batches):
+        for step in range(self._position, self._batches):
             numbers = torch.full((size,), -1)
             real = self._numbers[step * size : (step + 1) * size]
             numbers[: len(real)] = torch.tensor(real)
+            self._position = (step + 1) % self._batches
             yield Batch(self._images, self._labels, numbers)
+
+    def state(self) -> LoaderState:
+        """As ``Loader.state``."""
+        return {"position": self._position, "reader": b""}

@@ -1,12 +1,13 @@
-"""One epoch of training, and evaluation that counts every picture once."""
+"""The steps of an epoch of training, and evaluation that counts every picture once."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,43 +16,72 @@ from torch import Tensor, nn
 from .config import RunError
 from .data import Batch
 from .distributed import World
+from .trainer import Trainer
 
 
-@dataclass(frozen=True)
-class TrainedEpoch:
-    """An epoch's ``steps``, the loss of its last step and its mean, over all processes, and its seconds."""
+@dataclass
+class Progress:
+    """Where a run stands: ``step`` steps of ``epoch`` (from 0) are done, in ``seconds``.
 
-    steps: int
-    last_loss: float
-    mean_loss: float
-    seconds: float
+    ``losses`` are those of these steps, means over all processes; ``pending`` holds this process's share of those that
+    are not fetched yet. ``best_top1`` is the best share of right pictures so far, after ``best_epoch`` epochs; None
+    before the first evaluation.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    best_top1: float | None = None
+    best_epoch: int | None = None
+    pending: list[Tensor] = field(default_factory=list)
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean of ``losses``."""
+        return math.fsum(self.losses) / len(self.losses)
+
+    def next_epoch(self) -> None:
+        """The epoch is over, the next one begins."""
+        self.epoch, self.step, self.seconds, self.losses = self.epoch + 1, 0, 0.0, []
+
+    def state(self) -> dict[str, Any]:
+        """Plain values by name, for ``Progress(**state)``."""
+        assert not self.pending
+        return {name: value for name, value in vars(self).items() if name != "pending"}
 
 
-def train_epoch(
-    model: nn.Module, batches: Iterable[Batch], optimizer: torch.optim.Optimizer, world: World, smooth_factor: float
-) -> TrainedEpoch:
-    """Train ``model`` on ``batches`` once, with cross-entropy smoothed by ``smooth_factor``.
+def train_steps(trainer: Trainer, batches: Iterable[Batch], progress: Progress, steps: int) -> Iterator[int]:
+    """Train on ``batches`` up to step ``steps`` of the epoch; the number of each step comes after it."""
+    remaining = iter(batches)
+    while progress.step < steps:
+        start = time.perf_counter()
+        progress.pending.append(trainer.step(remaining))
+        progress.step += 1
+        progress.seconds += time.perf_counter() - start
+        yield progress.step
+
+
+def settle(progress: Progress, trainer: Trainer, world: World) -> None:
+    """Fetch the pending losses from the device, for which the host waits until the steps are done.
 
     Raises:
-        RunError: the loss or a weight is no longer finite.
+        RunError: a loss or a weight is no longer finite.
     """
-    model.train()
+    if not progress.pending:
+        return
     start = time.perf_counter()
-    losses: list[Tensor] = []  # they stay on the device, so that no step waits for it
-    for batch in batches:
-        loss = F.cross_entropy(model(batch.images), batch.labels, label_smoothing=smooth_factor)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    means = world.sum(torch.stack(losses).double()) / world.size
+    means = world.sum(torch.stack(progress.pending).double()) / world.size
     if not means.isfinite().all():
-        step = int((~means.isfinite()).nonzero()[0])
-        raise RunError(f"the loss of step {step + 1} is {means[step]}: try a lower --max_lr or a warm-up")
+        bad = int((~means.isfinite()).nonzero()[0])
+        step = progress.step - len(means) + bad + 1
+        raise RunError(f"the loss of step {step} is {means[bad]}: try a lower --max_lr or a warm-up")
     # The loss was taken before the last update.
-    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+    if not torch.stack([parameter.isfinite().all() for parameter in trainer.network.parameters()]).all():
         raise RunError("a weight is no longer finite: try a lower --max_lr or a warm-up")
-    return TrainedEpoch(len(losses), float(means[-1]), float(means.mean()), time.perf_counter() - start)
+    progress.losses += means.tolist()
+    progress.pending.clear()
+    progress.seconds += time.perf_counter() - start
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ and whatever isn't used is reported.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .config import InputError, RunConfig
 from .distributed import World
@@ -37,6 +39,13 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def listing(self) -> dict[str, Any]:
+        """Number of pictures and SHA-256 of their order, files and classes; the same wherever the folder lies."""
+        digest = hashlib.sha256()
+        for path, name in zip(self.paths, self.names, strict=True):
+            digest.update(f"{os.path.relpath(path, self.folder)}\0{name}\0".encode("utf-8", "surrogateescape"))
+        return {"pictures": len(self), "sha256": digest.hexdigest()}
 
 
 def list_pictures(data_url: str, split: str, val_labels: str | None = None) -> Pictures:
@@ -92,7 +101,7 @@ def prepare(
         pictures: what ``list_pictures`` found.
         config: the run.
         world: the processes.
-        weights: what the network starts from, where it starts from something.
+        weights: what the network is, or starts from with its classifier, where there is something.
 
     Returns:
         The pictures that are used, the numbers of their classes, and the outputs of the network.

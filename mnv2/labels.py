@@ -29,6 +29,15 @@ class ClassIndex:
         """Outputs that a network needs for these classes."""
         return max(self.numbers.values()) + 1
 
+    def check(self, found: Sequence[str]) -> None:
+        """Raise InputError unless each of the classes called ``found`` has a number."""
+        unknown = [name for name in found if name not in self.numbers]
+        if unknown:
+            raise InputError(
+                f"--class_index: {self.source} gives {len(self.numbers)} classes, and {unknown[0]!r} is not among them"
+                + (f" ({len(unknown)} such classes)" if len(unknown) > 1 else "")
+            )
+
     def names(self, num_classes: int) -> list[str]:
         """Names by number, empty for a number without a class."""
         by_number = {number: name for name, number in self.numbers.items()}
@@ -93,13 +102,9 @@ def class_index(
 
 
 def _checked(numbers: dict[str, int], source: str, found: Sequence[str]) -> ClassIndex:
-    unknown = [name for name in found if name not in numbers]
-    if unknown:
-        raise InputError(
-            f"--class_index: {source} gives {len(numbers)} classes, and {unknown[0]!r} is not among them"
-            + (f" ({len(unknown)} such classes)" if len(unknown) > 1 else "")
-        )
-    return ClassIndex(numbers, source)
+    index = ClassIndex(numbers, source)
+    index.check(found)
+    return index
 
 
 def _read_index(path: str) -> dict[str, int]:

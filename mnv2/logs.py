@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -10,30 +11,39 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib import metadata
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from .config import InputError, TrainConfig
-from .data import Batch
 from .distributed import World
-from .engine import Evaluation, TrainedEpoch, wilson_interval
+from .engine import Evaluation, Progress, wilson_interval
+
+T = TypeVar("T")
 
 _PACKAGES = ("mnv2", "torch", "triton", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
-def epoch_lines(epoch: int, epochs: int, result: TrainedEpoch, lr: float, epoch_seconds: float) -> str:
+def epoch_lines(progress: Progress, epochs: int, lr: float, epoch_seconds: float) -> str:
     """Two lines of an epoch of training; times are in milliseconds.
 
     ``time`` is that of the training steps, ``Epoch time`` (``epoch_seconds``) that of the whole epoch.
     """
-    steps = result.steps
+    steps, mean = progress.step, progress.mean_loss
     return (
-        f"Epoch:[{epoch}/{epochs}], step:[{steps}/{steps}], loss:[{result.last_loss:5.3f}/{result.mean_loss:5.3f}], "
-        f"time:{result.seconds * 1000:5.3f}, lr:{lr:5.5f}\n"
+        f"Epoch:[{progress.epoch}/{epochs}], step:[{steps}/{steps}], loss:[{progress.losses[-1]:5.3f}/{mean:5.3f}], "
+        f"time:{progress.seconds * 1000:5.3f}, lr:{lr:5.5f}\n"
         f"Epoch time:{epoch_seconds * 1000:5.3f}, per step time:{epoch_seconds * 1000 / steps:5.3f}, "
-        f"avg loss:{result.mean_loss:5.3f}"
+        f"avg loss:{mean:5.3f}"
+    )
+
+
+def evaluation_line(epoch: int, epochs: int, weights: str, result: Evaluation) -> str:
+    """A line of an evaluation after an epoch, of the weights called "model" or "ema"."""
+    return (
+        f"Evaluation:[{epoch}/{epochs}], {weights}: top-1 {result.top1 / result.pictures:.2%} "
+        f"({result.top1} of {result.pictures}), top-5 {result.top5 / result.pictures:.2%}, loss {result.loss:.4f}"
     )
 
 
@@ -53,23 +63,26 @@ def evaluation_lines(result: Evaluation, smooth_factor: float) -> str:
     return "\n".join([*lines, str(accuracies)])
 
 
-def with_progress(batches: Iterable[Batch], steps: int, title: str, world: World) -> Iterator[Batch]:
-    """``batches`` with a bar on stderr, on one process, and only where stderr is a terminal."""
+def with_progress(items: Iterable[T], total: int, title: str, world: World, *, done: int = 0) -> Iterator[T]:
+    """``items`` with a bar on stderr, on one process, and only where stderr is a terminal."""
     hidden = world.rank != 0 or not sys.stderr.isatty()
-    return iter(tqdm(batches, title, steps, leave=False, disable=hidden, unit="step", dynamic_ncols=True))
+    bar = tqdm(items, title, total, leave=False, disable=hidden, unit="step", dynamic_ncols=True, initial=done)
+    return iter(bar)
 
 
 class RunLog:
     """``log.jsonl`` in the checkpoint folder, an object a line, and TensorBoard's files where asked for.
 
-    The first object holds the configuration and the versions, each further one an epoch; ``event`` tells which, and a
-    name ends in its unit. A run into the same folder goes on below. One process writes; close it, or use ``with``.
+    The first object holds the configuration and the versions; ``event`` tells what each further one is: the "steps" of
+    an interval, an "epoch", an "evaluation". Names end in their unit. A run into the same folder goes on below, and one
+    that goes on from a checkpoint begins with the event "resume": what lies between its ``epoch`` and ``step`` and that
+    line was lost and is done again. One process writes; close it, or use ``with``.
 
     Raises:
         InputError: TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, config: TrainConfig, world: World, *, steps: int, num_classes: int):
+    def __init__(self, config: TrainConfig, world: World, progress: Progress, *, steps: int, num_classes: int):
         self._file: TextIO | None = None
         self._board: Any = None
         if world.rank != 0:
@@ -81,8 +94,10 @@ class RunLog:
                 raise InputError(f"--tensorboard: {error}; pip install 'mnv2[tensorboard]'") from None
             self._board = SummaryWriter(os.path.join(config.ckpt_save_dir, "tensorboard"))
         self._file = open(os.path.join(config.ckpt_save_dir, "log.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
+        resumed = progress.epoch > 0 or progress.step > 0
         self._write(
-            "start",
+            "resume" if resumed else "start",
+            **({"epoch": progress.epoch, "step": progress.step} if resumed else {}),
             config=asdict(config),
             versions=versions(),
             device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
@@ -99,20 +114,44 @@ class RunLog:
             if sink is not None:
                 sink.close()
 
-    def epoch(self, epoch: int, result: TrainedEpoch, lr: float, epoch_seconds: float, pictures: int) -> None:
+    def steps(self, progress: Progress, count: int, lr: float, seconds: float, pictures: int) -> None:
+        """Log the last ``count`` steps, which saw ``pictures`` pictures over all processes in ``seconds``."""
+        figures = {
+            "loss_mean": math.fsum(progress.losses[-count:]) / count,
+            "learning_rate": lr,
+            "seconds_per_step": seconds / count,
+            "pictures_per_second": pictures / seconds,
+        }
+        self._write("steps", epoch=progress.epoch, step=progress.step, steps=count, **figures)
+
+    def epoch(self, progress: Progress, lr: float, epoch_seconds: float, pictures: int) -> None:
         """Log an epoch that saw ``pictures`` pictures over all processes."""
         figures = {
-            "loss_last": result.last_loss,
-            "loss_mean": result.mean_loss,
+            "loss_last": progress.losses[-1],
+            "loss_mean": progress.mean_loss,
             "learning_rate": lr,
-            "steps_seconds": result.seconds,
+            "steps_seconds": progress.seconds,
             "epoch_seconds": epoch_seconds,
             "pictures_per_second": pictures / epoch_seconds,
         }
-        self._write("epoch", epoch=epoch, steps=result.steps, **figures)
+        self._write("epoch", epoch=progress.epoch, steps=progress.step, **figures)
+        self._scalars("train", figures, progress.epoch)
+
+    def evaluation(self, progress: Progress, result: Evaluation, weights: str) -> None:
+        """Log an evaluation of ``weights``, which is "model" or "ema"."""
+        figures = {
+            "top1_share": result.top1 / result.pictures,
+            "top5_share": result.top5 / result.pictures,
+            "loss_mean": result.loss,
+            "pictures_per_second": result.pictures_per_second,
+        }
+        self._write("evaluation", epoch=progress.epoch, weights=weights, pictures=result.pictures, **figures)
+        self._scalars(f"evaluation_{weights}", figures, progress.epoch)
+
+    def _scalars(self, group: str, figures: dict[str, float], epoch: int) -> None:
         if self._board is not None:
             for name, value in figures.items():
-                self._board.add_scalar(f"train/{name}", value, epoch)
+                self._board.add_scalar(f"{group}/{name}", value, epoch)
 
     def _write(self, event: str, **content: Any) -> None:
         if self._file is None:

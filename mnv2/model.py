@@ -187,6 +187,8 @@ class InvertedResidual(nn.Module):
         """Map ``[N, c_in, H, W]`` in channels_last to ``[N, c_out, ceil(H / stride), ceil(W / stride)]``."""
         layers: list[Any] = list(self.conv)
         *expand, depthwise, project, project_norm = layers
+        if isinstance(project_norm, nn.SyncBatchNorm):  # statistics of other processes, module by module
+            return x + self.conv(x) if self.shape.residual else self.conv(x)
         return reference.inverted_residual(
             x,
             _weight(expand[0][0], expand[0][2]) if expand else None,

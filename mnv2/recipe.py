@@ -21,15 +21,18 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
 
     ``warmup_epochs`` rise linearly to the rate that follows them. "cosine_decay_lr" then spans exactly the epochs that
     are left: ``max_lr`` in its first, and it would reach ``min_lr`` in the epoch after the last (Loshchilov and Hutter
-    2017, equation 5, without restarts). "piecewise_constant_lr" takes the first of ``learning_rates`` up to the first
-    of ``milestone``, and so on; the last rate stays to the end.
+    2017, equation 5, without restarts); with ``decay_epoch`` it reaches it in that epoch and stays there.
+    "piecewise_constant_lr" takes the first of ``learning_rates`` up to the first of ``milestone``, and so on; the last
+    rate stays to the end.
     """
     if epoch < config.warmup_epochs:
         return learning_rate(config, config.warmup_epochs) * (epoch + 1) / (config.warmup_epochs + 1)
     if config.lr_decay_mode == "piecewise_constant_lr":
         rates = config.learning_rates
         return rates[min(bisect_right(config.milestone, epoch), len(rates) - 1)]
-    share = (epoch - config.warmup_epochs) / (config.epoch_size - config.warmup_epochs)
+    share = min(
+        1.0, (epoch - config.warmup_epochs) / ((config.decay_epoch or config.epoch_size) - config.warmup_epochs)
+    )
     return config.min_lr + (config.max_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 

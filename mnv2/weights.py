@@ -15,26 +15,39 @@ from torch import Tensor
 from .config import InputError
 from .model import MobileNetV2
 
-_CLASSIFIER = "classifier.1.weight"
+_CLASSIFIER_PREFIX = "classifier.1."
+_CLASSIFIER = _CLASSIFIER_PREFIX + "weight"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict in torchvision's names and its file; a checkpoint records its training's classes and padding too."""
+    """A state dict in torchvision's names and its file.
+
+    A checkpoint records the classes, padding and epsilon of its training too, and may hold averaged weights beside the
+    plain ones.
+    """
 
     path: str
     state: Mapping[str, Tensor]
     classes: list[str] | None = None
     padding: str | None = None
     norm_eps: float | None = None
+    averaged: bool = False
+    has_average: bool = False
+
+    def __str__(self) -> str:
+        """The file, and which of a checkpoint's weights these are."""
+        if self.averaged:
+            return f"{self.path} (average)"
+        return self.path + (" (not its average; --ema takes that)" if self.has_average else "")
 
     @property
     def num_classes(self) -> int:
         """Outputs of the classifier."""
         return len(self.state[_CLASSIFIER])
 
-    def load_into(self, model: MobileNetV2) -> None:
-        """Copy the weights into ``model``.
+    def load_into(self, model: MobileNetV2, *, classifier: bool = True) -> None:
+        """Copy the weights into ``model``; without ``classifier`` its own stays.
 
         Raises:
             InputError: a name, a shape or the padding doesn't fit; the first that doesn't is told.
@@ -44,24 +57,28 @@ class Weights:
         if self.norm_eps not in (None, model.norm_eps):
             raise InputError(f"--norm_eps: {self.path} was trained with {self.norm_eps}, got {model.norm_eps}")
         wanted = model.state_dict()
+        state = dict(self.state)
+        if not classifier:
+            state.update({name: tensor for name, tensor in wanted.items() if name.startswith(_CLASSIFIER_PREFIX)})
         for name, tensor in wanted.items():
-            if name not in self.state:
+            if name not in state:
                 raise InputError(f"--pretrained: {self.path} lacks {name}, which MobileNetV2 needs")
-            if self.state[name].shape != tensor.shape:
+            if state[name].shape != tensor.shape:
                 raise InputError(
-                    f"--pretrained: {self.path} holds {name} of shape {tuple(self.state[name].shape)}, but the network "
+                    f"--pretrained: {self.path} holds {name} of shape {tuple(state[name].shape)}, but the network "
                     f"with --alpha {model.alpha} and {model.num_classes} classes has {tuple(tensor.shape)}"
                 )
-        for name in self.state:
+        for name in state:
             if name not in wanted:
                 raise InputError(f"--pretrained: {self.path} holds {name}, which MobileNetV2 doesn't have")
-        model.load_state_dict(dict(self.state))
+        model.load_state_dict(state)
 
 
-def find(pretrained: bool | str, alpha: float, resize: int) -> Weights | None:
+def find(pretrained: bool | str, alpha: float, resize: int, *, ema: bool = False) -> Weights | None:
     """The weights that ``--pretrained`` asks for: None for False, a file by its path, the weights folder for True.
 
-    The weights folder is ``$MNV2_WEIGHTS``, else ``mnv2`` in the user's cache.
+    The weights folder is ``$MNV2_WEIGHTS``, else ``mnv2`` in the user's cache. ``ema`` asks for a checkpoint's averaged
+    weights.
 
     Raises:
         InputError: the file is missing, damaged, or no weights; for True the message says where a file would go.
@@ -75,9 +92,9 @@ def find(pretrained: bool | str, alpha: float, resize: int) -> Weights | None:
                 f"--pretrained: no weights at {path}; put a safetensors file with torchvision's names there, name a "
                 "file with --pretrained FILE, or say --pretrained False for a network that has learnt nothing"
             )
-        return read(path)
+        return read(path, ema=ema)
     assert isinstance(pretrained, str)
-    return read(pretrained)
+    return read(pretrained, ema=ema)
 
 
 def default_path(alpha: float, resize: int) -> str:
@@ -87,8 +104,10 @@ def default_path(alpha: float, resize: int) -> str:
     return os.path.join(folder, f"mobilenetv2_{alpha}_{resize}.safetensors")
 
 
-def read(path: str) -> Weights:
+def read(path: str, *, ema: bool = False) -> Weights:
     """Read a file of weights: safetensors, a state dict, or one of our checkpoints, known by content, not by name.
+
+    ``ema`` takes a checkpoint's averaged weights.
 
     Raises:
         InputError: the file can't be read, or holds something else.
@@ -112,15 +131,17 @@ def read(path: str) -> Weights:
         raise InputError(f"--pretrained: {path} is damaged or no file of weights ({cause})") from None
     if not isinstance(content, dict):
         raise InputError(f"--pretrained: expected a state dict in {path}, got {type(content).__name__}")
+    if ema and not isinstance(content.get("ema"), dict):
+        raise InputError(f"--ema: expected a checkpoint with averaged weights, got {path}, which holds none")
     if isinstance(content.get("model"), dict):
-        weights = _weights(path, content["model"])
+        weights = _weights(path, content["ema" if ema else "model"])
         classes, config = content.get("classes"), content.get("config")
         names = classes if isinstance(classes, list) else ()
         if classes is not None and [type(name) for name in names] != [str] * weights.num_classes:
             raise InputError(f"--pretrained: expected {weights.num_classes} names in the classes of {path}")
         if isinstance(config, dict):
             weights = replace(weights, padding=config.get("padding"), norm_eps=config.get("norm_eps"))
-        return replace(weights, classes=classes)
+        return replace(weights, classes=classes, averaged=ema, has_average=isinstance(content.get("ema"), dict))
     return _weights(path, content)
 
 

@@ -1,0 +1,99 @@
+"""What a run reads: its pictures, the numbers of their classes, and the loaders that give them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from .config import RunConfig, TrainConfig
+from .data import Augmentation, Loader, LoaderState, SyntheticLoader, profile
+from .distributed import World
+from .files import Pictures, check_pictures, list_pictures, prepare
+from .labels import ClassIndex
+from .trainer import input_dtype
+from .weights import Weights
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The ``pictures`` to train on and those of val/, None where there are none.
+
+    ``index`` numbers their classes (None for made-up pictures); ``num_classes`` are the outputs that the network needs.
+    """
+
+    pictures: Pictures | None
+    validation: Pictures | None
+    index: ClassIndex | None
+    num_classes: int
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names by number."""
+        return self.index.names(self.num_classes) if self.index else None
+
+    def listing(self) -> dict[str, Any]:
+        """What tells these pictures from others (see ``Pictures.listing``)."""
+        return self.pictures.listing() if self.pictures else {"pictures": 0, "sha256": ""}
+
+
+def find_training_data(config: TrainConfig, world: World, start: Weights | None) -> TrainingData:
+    """List and check the pictures of train/ and, where it is there and evaluation asked for, of val/.
+
+    Classes have the numbers that the weights ``start`` recorded where these are of as many classes, and the data's are
+    among them.
+
+    Raises:
+        InputError: see ``files.list_pictures`` and ``files.prepare``.
+    """
+    if config.synthetic:
+        return TrainingData(None, None, None, config.num_classes or (start.num_classes if start else 1000))
+    pictures = list_pictures(config.data_url, "train")
+    recorded = start.classes if start else None
+    same = recorded is not None and (config.num_classes or len(pictures.classes)) == len(recorded)
+    same = same and set(pictures.classes) <= set(recorded or ())
+    pictures, index, num_classes = prepare(pictures, config, world, start if same else None)
+    validation = None
+    if config.eval_every and not os.path.isdir(os.path.join(config.data_url, "val")):
+        world.print(f"no folder val/ in {config.data_url}: nothing is evaluated, and there is no best.pt")
+    elif config.eval_every:
+        validation = list_pictures(config.data_url, "val", config.val_labels)
+        index.check(validation.classes)
+        validation = check_pictures(validation, config.bad_files, world)
+    return TrainingData(pictures, validation, index, num_classes)
+
+
+def training_loader(
+    config: TrainConfig, world: World, data: TrainingData, state: LoaderState | None
+) -> Loader | SyntheticLoader:
+    """Batches for training on ``data``, from ``state`` on where a run goes on."""
+    settings: Any = {
+        "batch_size": config.batch_size,
+        "accumulate": config.grad_accum_steps,
+        "world": world,
+        "state": state,
+    }
+    if data.pictures is None or data.index is None:
+        return SyntheticLoader(config.synthetic, data.num_classes, resize=config.resize, training=True, **settings)
+    return Loader(
+        data.pictures.paths,
+        data.index.labels(data.pictures.names),
+        Augmentation(config.resize, config.crop_scale, config.crop_ratio, config.hflip),
+        dtype=input_dtype(config.precision),
+        threads=config.threads,
+        seed=config.seed,
+        **settings,
+    )
+
+
+def evaluation_loader(config: RunConfig, world: World, pictures: Pictures, index: ClassIndex) -> Loader:
+    """Batches that hold each of ``pictures`` once."""
+    return Loader(
+        pictures.paths,
+        index.labels(pictures.names),
+        profile(config.preprocessing, config.resize),
+        batch_size=config.batch_size,
+        world=world,
+        dtype=input_dtype(config.precision),
+        threads=config.threads,
+    )
