@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import re
 import signal
 import socket
 import sys
@@ -27,7 +29,7 @@ _CPU = torch.device("cpu")
 _MEETING = timedelta(minutes=10)  # how long processes wait for each other at the start
 _SILENCE = 15.0  # seconds of that without a word
 _LOOK = 0.5  # seconds between two looks for another process's failure
-_FAREWELL = 5.0  # seconds that a failed process waits for the others to learn why
+_FAREWELL = 5.0  # seconds that the first process waits for the others to leave after a failure
 _IMPATIENCE = 3.0  # a second signal later than this many seconds is a person's
 
 
@@ -171,8 +173,9 @@ def _meet(place: launch.Place) -> dist.Store:
 
 
 class _Failures:
-    """The first failure among the processes, kept in their store; a thread looks for it, since a process that waits
-    for one that is gone would wait long.
+    """The first failure among the processes, kept in their store.
+
+    A thread looks for it, since a process may wait without end for one that is gone.
     """
 
     def __init__(self, store: dist.Store, place: launch.Place):
@@ -188,19 +191,21 @@ class _Failures:
         self._watcher.join()
 
     def first(self, error: BaseException) -> BaseException:
-        """What this process raises for ``error``: SystemExit where another failed first and has said why."""
+        """What this process raises for ``error``: SystemExit where another failed first and says why."""
         self.close()
         lost = _is_lost_contact(error)
         with suppress(RuntimeError):
             if lost and self._told(self._store, patience=2 * _LOOK + 1):
+                self._leave(self._store)
                 return SystemExit(1)
             cause = f"{socket.gethostname()}\n{self._place.rank}\n{_first_line(error)}"
-            if self._store.compare_set("failure", "", cause).decode() != cause:
-                self._told(self._store, patience=0)
+            first = self._store.compare_set("failure", "", cause).decode() == cause
+            atexit.register(self._leave, self._store)  # after this process has said why
+            if not first:
                 return SystemExit(1)
-            self._wait_for_others()
         if lost:
-            return RunError(f"rank {self._place.rank} lost contact with another process ({_first_line(error)})")
+            detail = re.sub(r"^\[[^\]]*\] *", "", _first_line(error)).partition(". ")[0]  # without gloo's source line
+            return RunError(f"rank {self._place.rank} lost contact with another process ({detail})")
         if self._place.rank > 0 and isinstance(error, (InputError, RunError, OSError)):
             return RunError(f"rank {self._place.rank}: {error}")
         return error
@@ -209,11 +214,12 @@ class _Failures:
         with suppress(RuntimeError):  # the store goes with the process that serves it
             while not self._closed.wait(_LOOK):
                 if self._told(store, patience=0):
+                    self._leave(store)
                     sys.stdout.flush()
                     os._exit(1)  # the main thread may wait in a collective for ever
 
     def _told(self, store: dist.Store, patience: float) -> bool:
-        """Whether another process has failed; a machine that doesn't share its stderr says so."""
+        """Whether another process has failed; where stderr is another machine's, say so here too."""
         deadline = time.monotonic() + patience
         while not store.check(["failure"]):
             if time.monotonic() >= deadline:
@@ -222,13 +228,16 @@ class _Failures:
         host, rank, cause = store.get("failure").decode().split("\n", 2)
         if host != socket.gethostname() and self._place.local_rank == 0:
             sys.stderr.write(f"rank {rank} on {host} failed: {cause}\n")
-        store.add("told", 1)
         return True
 
-    def _wait_for_others(self) -> None:
+    def _leave(self, store: dist.Store) -> None:
+        """The last use of the store; the first process, which may serve it, goes last."""
         deadline = time.monotonic() + _FAREWELL
-        while self._store.add("told", 0) < self._place.size - 1 and time.monotonic() < deadline:
-            time.sleep(0.1)
+        with suppress(RuntimeError):
+            left = store.add("left", 1)
+            while self._place.rank == 0 and left < self._place.size and time.monotonic() < deadline:
+                time.sleep(0.1)
+                left = store.add("left", 0)
 
 
 def _clone(store: Any) -> dist.Store:

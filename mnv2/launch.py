@@ -116,7 +116,9 @@ def _meeting(launcher: _Launcher, environment: Mapping[str, str], size: int) -> 
         raise InputError(
             f"WORLD_SIZE: {size} processes are announced, but MASTER_PORT is not set; start them with torchrun"
         )
-    if not port:
+    if port:
+        _integer("MASTER_PORT", environment, 0)
+    else:
         job = environment.get(launcher.job, "")
         port = str(_PORTS[zlib.crc32(job.encode()) % len(_PORTS)] if job else _DEFAULT_PORT)
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

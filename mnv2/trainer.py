@@ -174,7 +174,7 @@ def _distributed(network: MobileNetV2, world: World) -> nn.Module:
         return network
     # BatchNorm's running statistics are averaged at each step instead, so that they come from all processes.
     model = DistributedDataParallel(
-        network, device_ids=[world.device] if world.device.type == "cuda" else None, broadcast_buffers=False
+        network, device_ids=[world.device] if world.device.type == "cuda" else None, forward_sync_buffers=False
     )
     # The wrapper sums the first gradients in other pieces than all later ones, so a run that goes on would round
     # differently than one that went through: let it see the first here. In eval mode this changes nothing.

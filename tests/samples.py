@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mnv2 import MobileNetV2
+from mnv2 import MobileNetV2, checkpoint
+from mnv2.trainer import weights_of
 
 
 def settled(model: MobileNetV2, resize: int = 32) -> MobileNetV2:
@@ -51,3 +52,8 @@ def write_photos(folder: Path, count: int, classes=CLASSES, start: int = 0) -> l
         paths.append(place / f"{number:03d}.jpg")
         photo(start + number, width, height).save(paths[-1], quality=92)
     return sorted(paths)
+
+
+def save_weights(path: Path | str, model: MobileNetV2, classes: list[str] | None, **config) -> None:
+    """What `validate.py` and ``--pretrained`` read of a checkpoint."""
+    checkpoint.save(str(path), {"model": weights_of(model), "classes": classes, "config": config})

@@ -11,7 +11,7 @@ from mnv2 import MobileNetV2
 from mnv2.config import RunError
 from mnv2.data import Batch
 from mnv2.distributed import World
-from mnv2.engine import Evaluation, evaluate, ranks, train_epoch, wilson_interval
+from mnv2.engine import Evaluation, Progress, evaluate, ranks, wilson_interval
 from mnv2.logs import epoch_lines, evaluation_lines
 
 
@@ -113,49 +113,9 @@ def test_wilson_interval():
     assert (low, high) == pytest.approx((0.71478, 0.72266), abs=1e-5)
 
 
-def training_batches(count):
-    generator = torch.Generator().manual_seed(2)
-    for _ in range(count):
-        x = torch.randn(4, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
-        yield Batch(x, torch.randint(4, (4,), generator=generator), torch.arange(4))
-
-
-def test_an_epoch_is_sgd_on_smoothed_cross_entropy():
-    ours, plain = MobileNetV2(0.35, 4, dropout=0.0), MobileNetV2(0.35, 4, dropout=0.0)
-    plain.load_state_dict(ours.state_dict())
-    result = train_epoch(ours, training_batches(3), torch.optim.SGD(ours.parameters(), 0.05, 0.9), World(), 0.1)
-    optimizer = torch.optim.SGD(plain.parameters(), 0.05, 0.9)
-    losses = []
-    for batch in training_batches(3):
-        loss = nn.functional.cross_entropy(plain(batch.images), batch.labels, label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert (result.steps, result.last_loss) == (3, losses[-1])
-    assert result.mean_loss == pytest.approx(sum(losses) / 3)
-    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), plain.parameters(), strict=True))
-
-
-def test_a_loss_that_is_not_finite_stops_training():
-    model = MobileNetV2(0.35, 4)
-    optimizer = torch.optim.SGD(model.parameters(), 1e30)
-    with pytest.raises(RunError, match=r"the loss of step \d+ is (nan|inf): try a lower --max_lr"):
-        train_epoch(model, training_batches(4), optimizer, World(), 0.0)
-
-
-def test_a_weight_that_is_not_finite_stops_training():
-    """The last step's loss is finite, the update behind it is not."""
-    model = MobileNetV2(0.35, 4)
-    optimizer = torch.optim.SGD(model.parameters(), float("inf"))
-    with pytest.raises(RunError, match="a weight is no longer finite"):
-        train_epoch(model, training_batches(1), optimizer, World(), 0.0)
-
-
 def test_the_lines_are_the_references():
-    from mnv2.engine import TrainedEpoch
-
-    assert epoch_lines(0, 200, TrainedEpoch(2502, 4.676, 4.676, 872.084093), 0.1, 883.614453) == (
+    progress = Progress(step=2502, seconds=872.084093, losses=[4.676] * 2502)
+    assert epoch_lines(progress, 200, 0.1, 883.614453) == (
         "Epoch:[0/200], step:[2502/2502], loss:[4.676/4.676], time:872084.093, lr:0.10000\n"
         "Epoch time:883614.453, per step time:353.163, avg loss:4.676"
     )

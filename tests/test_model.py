@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -226,9 +227,20 @@ def test_parts_can_be_frozen_hooked_and_copied():
 
 
 def test_a_replaced_norm_is_refused_and_not_ignored():
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(MobileNetV2(0.35))
-    with pytest.raises(TypeError, match="expected nn.BatchNorm2d for each norm of the block, got SyncBatchNorm"):
+    model = MobileNetV2(0.35)
+    model.features[2].conv[1][1] = nn.InstanceNorm2d(48)
+    with pytest.raises(TypeError, match="expected nn.BatchNorm2d for each norm of the block, got InstanceNorm2d"):
         model.features[2](torch.randn(2, 8, 16, 16).contiguous(memory_format=torch.channels_last))
+
+
+def test_synchronised_norms_in_one_process_are_plain_ones():
+    plain = MobileNetV2(0.35, 4, dropout=0.0)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(deepcopy(plain))
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules()) == 52
+    x = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(synchronised(x), plain(x))
+    for one, other in zip(synchronised.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_compiles_whole():

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import os
 import pickle
-import stat
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from samples import save_weights
 
 from mnv2 import MobileNetV2, checkpoint, weights
-from mnv2.config import InputError, RunError, TrainConfig
+from mnv2.config import InputError
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def save(model, path, kind):
     elif kind == "old state dict":
         torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
     else:
-        checkpoint.save(str(path), model, config=TrainConfig(), classes=["a", "b", "c", "d"], epoch=3)
+        save_weights(path, model, ["a", "b", "c", "d"])
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "state dict", "old state dict", "checkpoint"])
@@ -42,33 +42,6 @@ def test_weights_come_back_as_they_were(model, tmp_path, kind):
     other = MobileNetV2(0.35, num_classes=4)
     read.load_into(other)
     assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
-
-
-def test_a_checkpoint_is_plain_and_whole(model, tmp_path):
-    path = tmp_path / "new" / "last.pt"
-    config = TrainConfig(alpha=0.35, pretrained="x.pth")
-    checkpoint.save(str(path), model, config=config, classes=None, epoch=7)
-    content = torch.load(path, weights_only=True)
-    assert content["epoch"] == 7
-    assert TrainConfig(**content["config"]) == config
-    assert os.listdir(path.parent) == ["last.pt"]
-    assert stat.S_IMODE(path.stat().st_mode) & 0o400
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path, monkeypatch, step):
-    path = tmp_path / "last.pt"
-    checkpoint.save(str(path), model, config=TrainConfig(), classes=None, epoch=1)
-    before = path.read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, step, full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(str(path), model, config=TrainConfig(), classes=None, epoch=2)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["last.pt"]
 
 
 CLASSIFIER = {"classifier.1.weight": torch.ones(4, 8)}
@@ -143,21 +116,10 @@ def test_weights_of_another_network_are_refused_by_the_first_name(model, tmp_pat
 
 def test_a_checkpoint_remembers_its_padding(tmp_path):
     path = str(tmp_path / "last.pt")
-    config = TrainConfig(alpha=0.35, padding="same")
-    checkpoint.save(path, MobileNetV2(0.35, 4, padding="same"), config=config, classes=None, epoch=1)
+    save_weights(path, MobileNetV2(0.35, 4, padding="same"), None, padding="same")
     weights.read(path).load_into(MobileNetV2(0.35, 4, padding="same"))
     with pytest.raises(InputError, match="--padding: .*last.pt was trained with same, got symmetric"):
         weights.read(path).load_into(MobileNetV2(0.35, 4))
-
-
-def test_a_full_disk_is_one_line(model, tmp_path, monkeypatch):
-    def full(*arguments):
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 514368 vs 514264")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match=r"can't write .*last.pt \(is the disk full\?\): .*unexpected pos"):
-        checkpoint.save(str(tmp_path / "last.pt"), model, config=TrainConfig(), classes=None, epoch=1)
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_failed_load_changes_nothing(model):
@@ -179,3 +141,25 @@ def test_true_looks_into_the_weights_folder(model, tmp_path, monkeypatch):
     monkeypatch.delenv("MNV2_WEIGHTS")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert weights.default_path(1.0, 224) == str(tmp_path / "cache" / "mnv2" / "mobilenetv2_1.0_224.safetensors")
+
+
+def test_averaged_weights_on_request(model, tmp_path):
+    path = str(tmp_path / "last.pt")
+    save_weights(path, model, None)
+    with pytest.raises(InputError, match="--ema: expected a checkpoint with averaged weights, got .*last.pt"):
+        weights.read(path, ema=True)
+    average = MobileNetV2(0.35, num_classes=4)
+    checkpoint.save(path, {"model": contiguous(model), "ema": contiguous(average), "classes": None, "config": {}})
+    for ema, expected in ((False, model), (True, average)):
+        read = weights.read(path, ema=ema)
+        assert all(torch.equal(read.state[name], tensor) for name, tensor in expected.state_dict().items())
+        assert str(read) == path + (" (average)" if ema else " (not its average; --ema takes that)")
+
+
+def test_another_classifier_stays_the_models_own(model):
+    given = MobileNetV2(0.35, num_classes=7)
+    own = {name: tensor.clone() for name, tensor in model.classifier.state_dict().items()}
+    weights.Weights("x", given.state_dict()).load_into(model, classifier=False)
+    assert all(torch.equal(own[name], tensor) for name, tensor in model.classifier.state_dict().items())
+    for name, tensor in given.features.state_dict().items():
+        assert torch.equal(model.features.state_dict()[name], tensor)

@@ -1,0 +1,54 @@
+"""Scripts started as users start them: alone, under torchrun, or as processes that find each other by variables."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def run(script: str | Path, *words: object, processes: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run ``script`` to its end, under torchrun where ``processes`` are given."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(**more))
+
+
+def start(script: str | Path, *words: object, processes: int = 1, **more: str) -> list[subprocess.Popen[str]]:
+    """Start ``processes`` that find each other by torchrun's variables, each with a handle of its own."""
+    command, port = [sys.executable, str(ROOT / script), *map(str, words)], str(free_port())
+    started = []
+    for rank in range(processes):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        settings = environment(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **more)
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings)
+        )
+    return started
+
+
+def finish(started: list[subprocess.Popen[str]], timeout: float = 120) -> list[subprocess.CompletedProcess[str]]:
+    """What each of the processes has returned and printed; none is left behind."""
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *output)
+        for process, output in zip(started, outputs, strict=True)
+    ]
