@@ -208,7 +208,7 @@ class TrainConfig(RunConfig):
             lambda value: value is None or value > self.warmup_epochs,
             f"an integer over warmup_epochs {self.warmup_epochs}",
         )
-        _require(self, "max_lr", lambda value: 0 < value < math.inf, "a positive number")
+        _require(self, "max_lr", lambda value: 0 < value <= 1e30, "a positive number")
         _require(self, "min_lr", lambda value: 0 <= value <= self.max_lr, f"a number from 0 to max_lr {self.max_lr}")
         _require(
             self,
@@ -240,7 +240,7 @@ class TrainConfig(RunConfig):
         _require(
             self,
             "learning_rates",
-            lambda value: len(value) in (len(milestones), len(milestones) + 1) and all(0 < r < math.inf for r in value),
+            lambda value: len(value) in (len(milestones), len(milestones) + 1) and all(0 < r <= 1e30 for r in value),
             f"{len(milestones)} or {len(milestones) + 1} positive rates for as many pieces",
         )
         if len(rates) == len(milestones) and milestones[-1] < self.epoch_size:

@@ -131,7 +131,10 @@ def world(device: str = "auto", distribute: bool = True) -> Iterator[World]:
         failures.close()
         raise
     except BaseException as error:
-        raise failures.first(error) from error
+        told = failures.first(error)
+        if told is error:
+            raise
+        raise told from error
     # Only after success: a process that fails must not wait here for the others.
     dist.destroy_process_group()
 
@@ -280,7 +283,7 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._number and time.monotonic() - self._since > _IMPATIENCE:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self._previous[number])
             signal.raise_signal(number)
         elif not self._number:
             self._number, self._since = number, time.monotonic()
