@@ -36,10 +36,10 @@ _SEARCHED = 64  # files decoded at once in the search for one that fails
 
 
 class LoaderState(TypedDict):
-    """Batches of the epoch that are used, and DALI's own state of the reader and its random numbers."""
+    """Batches of the epoch that are used, and DALI's own state of the reader and its random numbers, if there is one."""
 
     position: int
-    reader: bytes
+    reader: bytes | None
 
 
 class Batch(NamedTuple):
@@ -401,4 +401,4 @@ class SyntheticLoader:
 
     def state(self) -> LoaderState:
         """As ``Loader.state``."""
-        return {"position": self._position, "reader": b""}
+        return {"position": self._position, "reader": None}

@@ -80,7 +80,8 @@ def test_a_failure_of_one_process_ends_all(tmp_path, failure, cause, rank):
         assert told
         assert all(line.startswith("script.py: rank ") for line in told)
     else:
-        assert told == [("" if "IndexError" in cause else f"script.py: {f'rank {rank}: ' if rank else ''}") + cause]
+        before = f"[rank{rank}]: " if "IndexError" in cause else f"script.py: rank {rank}: " if rank else "script.py: "
+        assert told == [before + cause]
         others = [one for place, one in enumerate(done) if place != rank]
         assert [one.returncode for one in others] == [1, 1]
         assert "Traceback" not in "".join(one.stderr for one in others)
