@@ -19,8 +19,9 @@ from mnv2.distributed import StopSignals, World, world
 from mnv2.engine import Progress
 from mnv2.inputs import TrainingData, evaluation_loader, find_training_data, training_loader
 from mnv2.logs import RunLog
+from mnv2.precision import numerics
 from mnv2.session import Session
-from mnv2.trainer import Trainer, numerics
+from mnv2.trainer import Trainer
 from mnv2.weights import Weights, find
 
 
@@ -32,45 +33,45 @@ def train(config: TrainConfig, world: World) -> str:
         RunError: training has diverged, or a checkpoint can't be written.
         Stopped: a signal came; everything is saved.
     """
-    path, saved = checkpoint.resume(config, world)
-    if saved is not None and saved["progress"]["epoch"] >= config.epoch_size:
-        world.print(f"{path} has done the {config.epoch_size} epochs that are asked for: nothing is left to do")
-        return path
-    if world.rank == 0:
-        checkpoint.prepare(config.ckpt_save_dir)
+    last = os.path.join(config.ckpt_save_dir, checkpoint.LAST)
+    saved = checkpoint.resume(config, world)
     if saved is not None:
-        start: Weights | None = Weights(path, saved["model"], saved["classes"])
-    else:
-        start = find(config.pretrained, config.alpha, config.resize)
+        if saved.epochs >= config.epoch_size:
+            world.print(f"{saved.path} has done all {config.epoch_size} epochs: nothing is left to do")
+            return saved.path
+        saved.check_run(config, world)
+    if world.rank == 0:
+        checkpoint.make_folder(config.ckpt_save_dir)
+    start = saved.weights() if saved is not None else find(config.pretrained, config.alpha, config.resize)
+    if start is None and config.freeze != "none":
+        raise InputError("--freeze: expected --pretrained FILE with features that have learnt something, got none")
     data = find_training_data(config, world, start)
     if saved is not None:
-        checkpoint.check(saved, path, config, world, data.listing(), data.classes, data.num_classes)
-    loader = training_loader(config, world, data, saved["loader"][world.rank] if saved is not None else None)
+        saved.check_data(data)
+    loader = training_loader(config, world, data, saved.loader_state(world) if saved is not None else None)
     validation = None
     if data.validation is not None and data.index is not None:
         validation = evaluation_loader(config, world, data.validation, data.index)
-    network = make_network(config, world, data)
-    if start is not None and saved is None:
-        load(start, network, data, world)
-    trainer = Trainer(network, config, world)
-    progress = Progress(**saved["progress"]) if saved is not None else Progress()
     steps = len(loader) * config.repeat_num // config.grad_accum_steps
     world.print(
         f"alpha {config.alpha}, {config.resize} px, {data.num_classes} classes, {steps} steps an epoch of "
         f"{config.batch_size * config.grad_accum_steps} x {world.size} pictures on {world.device.type}"
     )
-    if saved is not None:
-        trainer.load(saved)
-        checkpoint.set_random_state(saved["random"][world.rank], world)
-        world.print(f"goes on from {path}: {progress.epoch} epochs and {progress.step} steps are done")
-    elif world.rank == 0 and (earlier := checkpoint.set_aside(config.ckpt_save_dir)):
-        world.print(f"the checkpoints of an earlier run are in {earlier} now")
+    network = make_network(config, world, data)
+    if start is not None and saved is None:
+        load(start, network, data, world)
+    trainer = Trainer(network, config, world)
+    progress = saved.restore(trainer, world) if saved is not None else Progress()
     log = RunLog(config, world, progress, steps=steps, num_classes=data.num_classes)
+    if world.rank == 0 and not (saved is not None and saved.own):
+        earlier = checkpoint.set_aside(config.ckpt_save_dir)
+        if earlier is not None:
+            world.print(f"the checkpoints of an earlier run are in {earlier} now")
     with log, StopSignals(world) as stop:
-        session = Session(config, world, data, trainer, loader, validation, progress, log, stop)
+        session = Session(config, world, data, trainer, loader, validation, progress, steps, log, stop)
         while progress.epoch < config.epoch_size:
             session.epoch()
-    return os.path.join(config.ckpt_save_dir, checkpoint.LAST)
+    return last
 
 
 def make_network(config: TrainConfig, world: World, data: TrainingData) -> MobileNetV2:

@@ -20,7 +20,7 @@ from mnv2.engine import Evaluation, evaluate
 from mnv2.files import list_pictures, prepare
 from mnv2.inputs import evaluation_loader
 from mnv2.logs import evaluation_lines
-from mnv2.trainer import autocast, numerics
+from mnv2.precision import autocast, numerics
 from mnv2.weights import find
 
 
@@ -48,7 +48,7 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
         f"alpha {config.alpha}, {config.resize} px, {num_classes} classes, preprocessing {config.preprocessing}, "
         f"weights: {trained or 'none, the network has learnt nothing'}"
     )
-    with autocast(config.precision, world):
+    with autocast(config.precision, world.device):
         return evaluate(model.to(world.device), loader, total, world, config.smooth_factor)
 
 

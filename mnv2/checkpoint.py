@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import glob
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from .config import InputError, RunError, TrainConfig
+from .data import LoaderState
 from .distributed import World
+from .engine import Progress
+from .inputs import TrainingData
+from .trainer import Trainer
+from .weights import Weights
 
 LAST, BEST = "last.pt", "best.pt"
 _EPOCH = "epoch_{:04d}.pt"
 _EPOCHS = "epoch_[0-9]*.pt"
-_TEMPORARY = ".writing-"
-_KEYS = ("model", "ema", "optimizer", "scaler", "loader", "random", "progress", "config", "classes", "listing")
+_WRITING = ".writing-"
+_KEYS = (
+    *("model", "ema", "optimizer", "scaler", "loader", "random", "progress"),
+    *("config", "classes", "listing", "device"),
+)
 
 # What a run that goes on may not change: it would be another network, other batches, or a state that doesn't fit.
 _FIXED = (
@@ -39,7 +48,7 @@ _FREE = (
 )
 
 
-def prepare(folder: str) -> None:
+def make_folder(folder: str) -> None:
     """Make ``folder`` and try to write there, so that a run doesn't find out at its end that it can't be saved.
 
     What a killed process has left half written is removed.
@@ -51,7 +60,7 @@ def prepare(folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        for path in glob.glob(os.path.join(glob.escape(folder), _TEMPORARY + "*")):
+        for path in glob.glob(os.path.join(glob.escape(folder), _WRITING + "*")):
             os.unlink(path)
     except OSError as error:
         raise InputError(f"--ckpt_save_dir: can't write to {folder}: {error.strerror}") from None
@@ -60,7 +69,7 @@ def prepare(folder: str) -> None:
 def set_aside(folder: str) -> str | None:
     """Move an earlier run's checkpoints to a folder of their own, since a new run would replace them; its path."""
     found = [os.path.join(folder, name) for name in (LAST, BEST) if os.path.exists(os.path.join(folder, name))]
-    found += glob.glob(os.path.join(glob.escape(folder), _EPOCHS))
+    found += _epochs(folder)
     if not found:
         return None
     moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(max(map(os.path.getmtime, found))))
@@ -75,65 +84,39 @@ def set_aside(folder: str) -> str | None:
     return place
 
 
-def resume(config: TrainConfig, world: World) -> tuple[str, dict[str, Any] | None]:
-    """The checkpoint that ``--resume`` asks for, by path and content, the same in all processes; None for none.
+def save(folder: str, content: Mapping[str, Any], *, epoch: int = 0, best: bool = False, keep_max: int = 0) -> None:
+    """Write ``content`` to ``last.pt`` in ``folder``: all of it or nothing.
 
-    "auto" takes ``last.pt`` of the folder where there is one. The first process reads it: the others may be on machines
-    that don't see the folder.
-    """
-    path = os.path.join(config.ckpt_save_dir, LAST)
-    if config.resume is None:
-        return path, None
-    saved = None
-    if config.resume != "auto":
-        path = config.resume
-    elif not world.share(os.path.exists(path)):
-        world.print(f"--resume auto: there is no {path} yet, so training starts anew")
-        return path, None
-    if world.rank == 0:
-        saved = read(path)
-    return path, world.share(saved)
-
-
-def save(path: str, content: Mapping[str, Any]) -> None:
-    """Write ``content`` to ``path``: all of it or nothing.
+    After ``epoch`` epochs (0 for none that has just ended) it is kept as that epoch's and, if so, as the best; of past
+    epochs only the last ``keep_max`` stay. ``last.pt`` comes last, so that a run that is killed here does it again.
 
     Raises:
-        RunError: it can't be written; what was at ``path`` is still there.
+        RunError: it can't be written; what was there before still is.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=_TEMPORARY, delete=False) as file:
-        try:
+    names = [_EPOCH.format(epoch)] if epoch and keep_max else []
+    names += [BEST] if best else []
+    path = os.path.join(folder, _WRITING + LAST)
+    try:
+        with open(path, "wb") as file:
             torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.replace(file.name, path)
-            _sync_folder(folder)
-        except BaseException as error:
-            with suppress(FileNotFoundError):
-                os.unlink(file.name)
-            if isinstance(error, (RuntimeError, OSError)):  # torch reports a failed write as the former
-                raise RunError(f"can't write {path} (is the disk full?): {error}") from None
-            raise
-
-
-def keep(folder: str, *, epoch: int, best: bool, keep_max: int) -> None:
-    """Let ``last.pt`` stay as that of ``epoch`` epochs, and as the best; of past epochs only ``keep_max`` stay."""
-    last = os.path.join(folder, LAST)
-    names = ([_EPOCH.format(epoch)] if keep_max else []) + ([BEST] if best else [])
-    for name in names:
-        temporary = os.path.join(folder, _TEMPORARY + name)
-        try:
-            os.link(last, temporary)
-        except OSError:  # a file system without links
-            save(os.path.join(folder, name), read(last))
-        else:
-            os.replace(temporary, os.path.join(folder, name))
-    epochs = sorted(glob.glob(os.path.join(glob.escape(folder), _EPOCHS)))
-    for path in epochs[: len(epochs) - keep_max]:
-        os.unlink(path)
+        for name in names:
+            copy = os.path.join(folder, _WRITING + name)
+            try:
+                os.link(path, copy)
+            except OSError:  # a file system without links
+                shutil.copyfile(path, copy)
+            os.replace(copy, os.path.join(folder, name))
+        os.replace(path, os.path.join(folder, LAST))
+        _sync_folder(folder)
+        for old in _epochs(folder)[: -keep_max or None] if epoch else []:
+            os.unlink(old)
+    except (RuntimeError, OSError) as error:  # torch reports a failed write as the former
+        for name in (LAST, *names):
+            with suppress(OSError):
+                os.unlink(os.path.join(folder, _WRITING + name))
+        raise RunError(f"can't write to {folder} (is the disk full?): {error}") from None
 
 
 def read(path: str) -> dict[str, Any]:
@@ -156,39 +139,92 @@ def read(path: str) -> dict[str, Any]:
     return content
 
 
-def check(
-    saved: Mapping[str, Any],
-    path: str,
-    config: TrainConfig,
-    world: World,
-    listing: Mapping[str, Any],
-    classes: list[str] | None,
-    num_classes: int,
-) -> None:
-    """Refuse to go on from ``saved`` where that would be another training; print what else has changed.
+@dataclass(frozen=True)
+class Saved:
+    """The checkpoint that a run goes on from: file, content, and whether it is the folder's ``last.pt``."""
+
+    path: str
+    content: dict[str, Any]
+    own: bool
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that are done."""
+        return self.content["progress"]["epoch"]
+
+    def weights(self) -> Weights:
+        """The network's, with the names of its classes."""
+        return Weights(self.path, self.content["model"], self.content["classes"])
+
+    def loader_state(self, world: World) -> LoaderState:
+        """Where this process's loader was."""
+        return self.content["loader"][world.rank]
+
+    def check_run(self, config: TrainConfig, world: World) -> None:
+        """Refuse another training; print what else has changed.
+
+        Raises:
+            InputError: architecture, world size or kind of device is another, or a flag that may not be.
+        """
+        before, now = self.content["config"], asdict(config)
+        for name in _FIXED:
+            self._same(f"--{name} {{}}", before.get(name), now[name])
+        self._same("{} processes", len(self.content["loader"]), world.size)
+        self._same("a {} as device", self.content["device"], world.device.type)
+        for name in ("ema_decay", "momentum"):  # their state is there or isn't
+            if (before.get(name) == 0) != (now[name] == 0):
+                self._same(f"--{name} {{}}", before.get(name), now[name])
+        for name in now:
+            if name not in (*_FIXED, *_FREE) and before.get(name) != now[name]:
+                world.print(f"--{name} was {before.get(name)} so far and is {now[name]} from here on")
+
+    def check_data(self, data: TrainingData) -> None:
+        """Refuse other pictures or classes.
+
+        Raises:
+            InputError: they are others.
+        """
+        listing = self.content["listing"]
+        if listing != data.listing:
+            had, got = (f"{one['pictures']} pictures, SHA-256 {one['sha256'][:12]}" for one in (listing, data.listing))
+            raise InputError(f"--resume: {self.path} is of training on another listing of pictures ({had}), got {got}")
+        self._same("{} classes", len(self.content["model"]["classifier.1.bias"]), data.num_classes)
+        self._same("classes numbered {}", self.content["classes"], data.classes)
+
+    def restore(self, trainer: Trainer, world: World) -> Progress:
+        """Bring ``trainer`` and this process's random numbers back to where they were."""
+        trainer.load(self.content)
+        set_random_state(self.content["random"][world.rank], world)
+        progress = Progress(**self.content["progress"])
+        if not self.own:  # the best of another folder isn't in this one
+            progress.best_top1 = progress.best_epoch = None
+        world.print(f"goes on from {self.path}: {progress.epoch} epochs and {progress.step} steps are done")
+        return progress
+
+    def _same(self, what: str, had: object, got: object) -> None:
+        if had != got:
+            raise InputError(f"--resume: {self.path} is of training with {what.format(had)}, got {what.format(got)}")
+
+
+def resume(config: TrainConfig, world: World) -> Saved | None:
+    """The checkpoint that ``--resume`` asks for, the same in all processes; None for none.
+
+    "auto" takes ``last.pt`` of the folder where there is one. The first process reads it: the others may be on machines
+    that don't see the folder.
 
     Raises:
-        InputError: it is of another architecture, world size or listing of pictures, or a flag differs that may not.
+        InputError: the file is missing, damaged, or something else.
     """
-
-    def refuse(what: str, had: object, got: object) -> None:
-        if had != got:
-            raise InputError(f"--resume: {path} is of training with {what.format(had)}, got {what.format(got)}")
-
-    before, now = saved["config"], asdict(config)
-    for name in _FIXED:
-        refuse(f"--{name} {{}}", before.get(name), now[name])
-    refuse("{} processes", len(saved["loader"]), world.size)
-    if saved["listing"] != listing:
-        had, got = (f"{one['pictures']} pictures, SHA-256 {one['sha256'][:12]}" for one in (saved["listing"], listing))
-        raise InputError(f"--resume: {path} is of training on another listing of pictures ({had}), got {got}")
-    refuse("{} classes", len(saved["model"]["classifier.1.bias"]), num_classes)
-    refuse("classes numbered {}", saved["classes"], classes)
-    if (saved["ema"] is None) != (config.ema_decay == 0):
-        refuse("--ema_decay {}", before.get("ema_decay"), config.ema_decay)
-    for name in now:
-        if name not in (*_FIXED, *_FREE) and before.get(name) != now[name]:
-            world.print(f"--{name} was {before.get(name)} so far and is {now[name]} from here on")
+    if config.resume is None:
+        return None
+    last = os.path.join(config.ckpt_save_dir, LAST)
+    saved, path = None, last if config.resume == "auto" else config.resume
+    if world.rank == 0 and (config.resume != "auto" or os.path.exists(last)):
+        saved = Saved(path, read(path), os.path.exists(last) and os.path.samefile(path, last))
+    saved = world.share(saved)
+    if saved is None:
+        world.print(f"--resume auto: there is no {last} yet, so training starts anew")
+    return saved
 
 
 def random_state(world: World) -> dict[str, Any]:
@@ -204,9 +240,14 @@ def set_random_state(state: Mapping[str, Any], world: World) -> None:
         torch.cuda.set_rng_state(state["cuda"], world.device)
 
 
+def _epochs(folder: str) -> list[str]:
+    """Checkpoints of epochs, oldest first."""
+    found = glob.glob(os.path.join(glob.escape(folder), _EPOCHS))
+    return sorted(found, key=lambda path: (len(path), path))  # epoch_10000 comes after epoch_9999
+
+
 def _others(path: str) -> str:
-    epochs = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(path) or "."), _EPOCHS)))
-    epochs = [name for name in epochs if os.path.abspath(name) != os.path.abspath(path)]
+    epochs = [name for name in _epochs(os.path.dirname(path) or ".") if os.path.abspath(name) != os.path.abspath(path)]
     return f"; there is also {epochs[-1]}" if epochs else ""
 
 
@@ -217,9 +258,3 @@ def _sync_folder(folder: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

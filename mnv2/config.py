@@ -221,8 +221,6 @@ class TrainConfig(RunConfig):
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise InputError(f"--nesterov: expected SGD with momentum, got {self.optimizer}, momentum {self.momentum}")
         _require(self, "clip_grad_norm", lambda value: 0 <= value < math.inf, "a number from 0 up")
-        if self.freeze != "none" and self.pretrained is False and self.resume is None:
-            raise InputError("--freeze: expected --pretrained FILE with features that have learnt something, got none")
         for name in ("momentum", "dropout", "ema_decay"):
             _require(self, name, lambda value: 0 <= value < 1, "a number from 0 up to, but not, 1")
         _require(self, "hflip", lambda value: 0 <= value <= 1, "a probability")
@@ -257,7 +255,7 @@ class ValidateConfig(RunConfig):
     pretrained: bool | str = option(
         True, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
     )
-    ema: bool = option(False, "take the averaged weights of a checkpoint")
+    ema: bool = option(True, "take a checkpoint's averaged weights where it has them")
 
 
 def _check(config: RunConfig, name: str, check: Callable[[Any], None]) -> None:

@@ -36,7 +36,7 @@ _SEARCHED = 64  # files decoded at once in the search for one that fails
 
 
 class LoaderState(TypedDict):
-    """Batches of the epoch that are used, and DALI's own state of the reader and its random numbers, if there is one."""
+    """Batches of the epoch that are used, and DALI's own state of reader and random numbers (None without DALI)."""
 
     position: int
     reader: bytes | None
@@ -186,9 +186,8 @@ class Loader:
 
     Training (an ``Augmentation``) shuffles, shares the pictures out among the processes and drops the tail, so that
     every process has floor(pictures / (batch_size * accumulate * world size)) * accumulate batches and no picture comes
-    twice. Evaluation (a
-    ``Profile``) sees every picture once: process r has pictures r, r + world size, ..., whatever their number, none
-    included, and its last batch is filled up (see ``Batch``).
+    twice. Evaluation (a ``Profile``) sees every picture once: process r has pictures r, r + world size, ..., whatever
+    their number, none included, and its last batch is filled up (see ``Batch``).
 
     Args:
         paths: files of the pictures.
@@ -241,7 +240,7 @@ class Loader:
         if self._batches == 0:
             return
         gpu = world.device.type == "cuda"
-        with self._naming_bad_files():
+        with self._naming_bad_files() if state is None else _naming_the_state():
             pipeline = picture_pipeline(
                 self._paths,
                 transform,
@@ -280,7 +279,7 @@ class Loader:
                 outputs = next(self._iterator)[0]
                 batch = self._batch(outputs["images"], outputs["places"].flatten().long(), position)
                 if position == self._batches:
-                    # The reader's epoch may be longer than training's. At its end the reader starts the next epoch.
+                    # Read what the tail drops, up to ``accumulate`` batches: at its end the reader starts anew.
                     while next(self._iterator, None) is not None:
                         pass
             self._position = position % self._batches
@@ -320,6 +319,18 @@ class Loader:
             raise RunError(f"the loader failed at no single file: {cause[0] if cause else error}") from error
 
 
+@contextmanager
+def _naming_the_state() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        cause = next((line for line in str(error).splitlines() if line.strip()), "no word why")
+        raise InputError(
+            f"--resume: DALI can't go on from the state of its reader that the checkpoint holds ({cause}); was it of "
+            "another version?"
+        ) from error
+
+
 def steps_per_epoch(pictures: int, batch_size: int, processes: int, accumulate: int = 1) -> int:
     """Training steps of an epoch: floor(pictures / (batch_size * accumulate * processes)).
 
@@ -328,10 +339,11 @@ def steps_per_epoch(pictures: int, batch_size: int, processes: int, accumulate: 
     """
     steps = pictures // (batch_size * accumulate * processes)
     if steps == 0:
-        most, batches = pictures // (processes * accumulate), f", {accumulate} batches a step" if accumulate > 1 else ""
+        most, wish = pictures // (processes * accumulate), f"got {batch_size}: an epoch would have no step"
+        if most == 0:
+            wish = f"or fewer --grad_accum_steps than {accumulate}: an epoch would have no step"
         raise InputError(
-            f"--batch_size: expected at most {most} for {pictures} pictures and {processes} processes{batches}, "
-            f"got {batch_size}: an epoch would have no step"
+            f"--batch_size: expected at most {max(most, 1)} for {pictures} pictures and {processes} processes, {wish}"
         )
     return steps
 

@@ -26,6 +26,7 @@ from .config import InputError, RunError, Stopped
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _CPU = torch.device("cpu")
+_PATIENCE = timedelta(hours=1)  # one may look for a bad file among a million while the others wait
 _MEETING = timedelta(minutes=10)  # how long processes wait for each other at the start
 _SILENCE = 15.0  # seconds of that without a word
 _LOOK = 0.5  # seconds between two looks for another process's failure
@@ -71,7 +72,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.host_group)
         return values
 
     def share(self, value: Any) -> Any:
@@ -116,26 +117,33 @@ def world(device: str = "auto", distribute: bool = True) -> Iterator[World]:
             rank=place.rank,
             world_size=place.size,
             device_id=where if where.type == "cuda" else None,
+            timeout=_PATIENCE,
         )
-        host_group = dist.new_group(backend="gloo")
+        host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     except RuntimeError as error:
         raise RunError(f"the {place.size} processes can't talk to each other: {_first_line(error)}") from None
     failures = _Failures(store, place)
     try:
-        yield World(place.rank, place.size, where, host_group)
+        try:
+            yield World(place.rank, place.size, where, host_group)
+        except Stopped as stopped:  # all processes have
+            failures.close()
+            _part(host_group)
+            raise stopped
         failures.close()
-        dist.barrier(host_group)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except Stopped:
-        failures.close()
+        _part(host_group)
+    except (KeyboardInterrupt, SystemExit, Stopped):
         raise
     except BaseException as error:
         told = failures.first(error)
         if told is error:
             raise
         raise told from error
-    # Only after success: a process that fails must not wait here for the others.
+
+
+def _part(host_group: Any) -> None:
+    """Leave the others, when all are ready to; a process that fails must not wait for that."""
+    dist.barrier(host_group)
     dist.destroy_process_group()
 
 
@@ -148,9 +156,8 @@ def _device(device: str, place: launch.Place) -> torch.device:
     # Slurm and MPI may show each process its own GPU alone.
     index = 0 if count == 1 and place.launcher != "torchrun" else place.local_rank
     if index >= count:
-        raise InputError(
-            f"--nproc_per_node: expected at most one process a GPU, got local rank {index} where torch sees {count}"
-        )
+        flag = "--nproc_per_node: " if place.launcher == "torchrun" else ""
+        raise InputError(f"{flag}expected at most one process a GPU, got local rank {index} where torch sees {count}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -158,9 +165,8 @@ def _device(device: str, place: launch.Place) -> torch.device:
 def _meet(place: launch.Place) -> dist.Store:
     """The store that all processes share; the first of them serves it, or torchrun does."""
     assert place.meeting is not None
-    notice = threading.Timer(
-        _SILENCE, print, [f"waiting for {place.size} processes at {place.meeting}"], {"file": sys.stderr, "flush": True}
-    )
+    words = f"waiting for the {place.size} processes that {place.launcher} announced, at {place.meeting}"
+    notice = threading.Timer(_SILENCE, print, [words], {"file": sys.stderr, "flush": True})
     notice.daemon = True
     notice.start()
     try:
@@ -172,7 +178,8 @@ def _meet(place: launch.Place) -> dist.Store:
         ) from None
     finally:
         notice.cancel()
-    return store
+    # torchrun starts processes again around the same store, in which the last attempt has left its words.
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 class _Failures:
@@ -251,7 +258,7 @@ def _clone(store: Any) -> dist.Store:
 def _is_lost_contact(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+    return type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
 
 
 def _first_line(error: BaseException) -> str:
@@ -277,7 +284,9 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._reduction is not None and (kind is None or issubclass(kind, Stopped)):
+            self._reduction[1].wait()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

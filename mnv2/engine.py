@@ -75,10 +75,10 @@ def settle(progress: Progress, trainer: Trainer, world: World) -> None:
     if not means.isfinite().all():
         bad = int((~means.isfinite()).nonzero()[0])
         step = progress.step - len(means) + bad + 1
-        raise RunError(f"the loss of step {step} is {means[bad]}: try a lower --max_lr or a warm-up")
+        raise RunError(f"the loss of step {step} is {means[bad]}: try a lower learning rate or a warm-up")
     # The loss was taken before the last update.
     if not torch.stack([parameter.isfinite().all() for parameter in trainer.network.parameters()]).all():
-        raise RunError("a weight is no longer finite: try a lower --max_lr or a warm-up")
+        raise RunError("a weight is no longer finite: try a lower learning rate or a warm-up")
     progress.losses += means.tolist()
     progress.pending.clear()
     progress.seconds += time.perf_counter() - start

@@ -42,9 +42,9 @@ class Pictures:
 
     def listing(self) -> dict[str, Any]:
         """Number of pictures and SHA-256 of their order, files and classes; the same wherever the folder lies."""
-        digest = hashlib.sha256()
+        digest, start = hashlib.sha256(), len(os.path.join(self.folder, ""))
         for path, name in zip(self.paths, self.names, strict=True):
-            digest.update(f"{os.path.relpath(path, self.folder)}\0{name}\0".encode("utf-8", "surrogateescape"))
+            digest.update(f"{path[start:]}\0{name}\0".encode("utf-8", "surrogateescape"))
         return {"pictures": len(self), "sha256": digest.hexdigest()}
 
 

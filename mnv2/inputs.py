@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .config import RunConfig, TrainConfig
@@ -11,7 +12,7 @@ from .data import Augmentation, Loader, LoaderState, SyntheticLoader, profile
 from .distributed import World
 from .files import Pictures, check_pictures, list_pictures, prepare
 from .labels import ClassIndex
-from .trainer import input_dtype
+from .precision import input_dtype
 from .weights import Weights
 
 
@@ -27,11 +28,12 @@ class TrainingData:
     index: ClassIndex | None
     num_classes: int
 
-    @property
+    @cached_property
     def classes(self) -> list[str] | None:
         """Names by number."""
         return self.index.names(self.num_classes) if self.index else None
 
+    @cached_property
     def listing(self) -> dict[str, Any]:
         """What tells these pictures from others (see ``Pictures.listing``)."""
         return self.pictures.listing() if self.pictures else {"pictures": 0, "sha256": ""}

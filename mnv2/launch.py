@@ -25,19 +25,19 @@ class Place(NamedTuple):
 
 
 class _Launcher(NamedTuple):
-    """A launcher's variables: the first that is set counts.
+    """A launcher's variables; of several names the first that is set counts.
 
-    ``nodes`` tell that there are several machines: a number of machines over 1, or a number of processes on this
-    machine under the size. ``job`` differs between two jobs on one machine.
+    A ``local_size`` under the size tells that there are several machines. ``job`` differs between two jobs on one
+    machine.
     """
 
     name: str
     rank: str
     size: tuple[str, ...]
     local_rank: tuple[str, ...]
-    local_size: str = ""
+    local_size: tuple[str, ...] = ()
     node_list: tuple[str, ...] = ()
-    job: str = ""
+    job: tuple[str, ...] = ()
 
 
 # In this order: torchrun may run under any of the others, and mpirun inside a Slurm job.
@@ -48,17 +48,23 @@ _LAUNCHERS = (
         "OMPI_COMM_WORLD_RANK",
         ("OMPI_COMM_WORLD_SIZE",),
         ("OMPI_COMM_WORLD_LOCAL_RANK",),
-        local_size="OMPI_COMM_WORLD_LOCAL_SIZE",
-        job="PMIX_NAMESPACE",
+        local_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
+        job=("PMIX_NAMESPACE",),
     ),
-    _Launcher("MPICH", "PMI_RANK", ("PMI_SIZE",), ("MPI_LOCALRANKID", "SLURM_LOCALID"), local_size="MPI_LOCALNRANKS"),
+    _Launcher(
+        "MPICH",
+        "PMI_RANK",
+        ("PMI_SIZE",),
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"),
+        local_size=("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
+    ),
     _Launcher(
         "Slurm",
         "SLURM_PROCID",
         ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
         ("SLURM_LOCALID",),
         node_list=("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"),
-        job="SLURM_JOB_ID",
+        job=("SLURM_JOB_ID", "SLURM_STEP_ID"),
     ),
 )
 
@@ -73,25 +79,26 @@ def find(environment: Mapping[str, str] = os.environ) -> Place:
         InputError: the variables are incomplete or contradict each other.
     """
     for launcher in _LAUNCHERS:
+        if launcher.name == "MPICH" and "SLURM_PROCID" in environment and not _first(launcher.local_size, environment):
+            continue  # Slurm sets PMI's rank and size too, for programs that want them
         if launcher.rank in environment or (launcher.name == "torchrun" and "WORLD_SIZE" in environment):
             return _place(launcher, environment)
     return Place("python", 0, 0, 1, None)
 
 
 def _place(launcher: _Launcher, environment: Mapping[str, str]) -> Place:
-    sizes = [name for name in launcher.size if name in environment] or [launcher.size[0]]
-    size = _integer(sizes[0], environment, 1)
+    size_name = _first(launcher.size, environment) or launcher.size[0]
+    size = _integer(size_name, environment, 1)
     if size < 1:
-        raise InputError(f"{sizes[0]}: expected a positive integer in the environment, got {size}")
+        raise InputError(f"{size_name}: expected a positive integer in the environment, got {size}")
     if size > 1 and launcher.rank not in environment:
         raise InputError(
-            f"{sizes[0]}: {size} processes are announced, but {launcher.rank} is not set; start them with torchrun"
+            f"{size_name}: {size} processes are announced, but {launcher.rank} is not set; start them with torchrun"
         )
     rank = _integer(launcher.rank, environment, 0)
     if not 0 <= rank < size:
-        raise InputError(f"{launcher.rank}: expected 0 to {size - 1} for a {sizes[0]} of {size}, got {rank}")
-    local = [name for name in launcher.local_rank if name in environment]
-    local_rank = _integer(local[0], environment, 0) if local else rank
+        raise InputError(f"{launcher.rank}: expected 0 to {size - 1} for a {size_name} of {size}, got {rank}")
+    local_rank = _integer(_first(launcher.local_rank, environment) or launcher.rank, environment, 0)
     return Place(launcher.name, rank, local_rank, size, _meeting(launcher, environment, size) if size > 1 else None)
 
 
@@ -101,11 +108,11 @@ def _meeting(launcher: _Launcher, environment: Mapping[str, str], size: int) -> 
         raise InputError(
             f"WORLD_SIZE: {size} processes are announced, but MASTER_ADDR is not set; start them with torchrun"
         )
-    nodes = [environment[name] for name in launcher.node_list if name in environment]
+    nodes, local_size = _first(launcher.node_list, environment), _first(launcher.local_size, environment)
     if not host and nodes:
-        host = first_node(nodes[0])
+        host = first_node(environment[nodes])
     elif not host:
-        if launcher.local_size in environment and _integer(launcher.local_size, environment, size) < size:
+        if local_size and _integer(local_size, environment, size) < size:
             raise InputError(
                 f"MASTER_ADDR: expected the first machine's address in the environment, since {launcher.name} started "
                 "processes on several (mpirun -x MASTER_ADDR=HOST, or -genv MASTER_ADDR HOST)"
@@ -119,7 +126,7 @@ def _meeting(launcher: _Launcher, environment: Mapping[str, str], size: int) -> 
     if port:
         _integer("MASTER_PORT", environment, 0)
     else:
-        job = environment.get(launcher.job, "")
+        job = "/".join(environment[name] for name in launcher.job if name in environment)
         port = str(_PORTS[zlib.crc32(job.encode()) % len(_PORTS)] if job else _DEFAULT_PORT)
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
@@ -130,6 +137,10 @@ def first_node(nodes: str) -> str:
     if not match:
         raise InputError(f"SLURM_STEP_NODELIST: expected names of nodes in the environment, got {nodes!r}")
     return "".join(part or "" for part in match.groups())
+
+
+def _first(names: tuple[str, ...], environment: Mapping[str, str]) -> str | None:
+    return next((name for name in names if name in environment), None)
 
 
 def _integer(name: str, environment: Mapping[str, str], default: int) -> int:

@@ -156,7 +156,10 @@ class RunLog:
     def _write(self, event: str, **content: Any) -> None:
         if self._file is None:
             return
-        json.dump({"event": event, "unix_time_seconds": round(time.time(), 3), **content}, self._file)
+        # JSON has no infinity: a loss that is none becomes null.
+        content = {name: None if value in (math.inf, -math.inf) else value for name, value in content.items()}
+        line = {"event": event, "unix_time_seconds": round(time.time(), 3), **content}
+        json.dump(line, self._file, allow_nan=False)
         self._file.write("\n")
         self._file.flush()
 

@@ -8,23 +8,26 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from typing import Any
 
 from torch import nn
 
 from . import checkpoint
-from .config import Stopped, TrainConfig
+from .config import RunError, Stopped, TrainConfig
 from .data import Batch, Loader, SyntheticLoader
 from .distributed import StopSignals, World
 from .engine import Progress, evaluate, settle, train_steps
 from .inputs import TrainingData
 from .logs import RunLog, epoch_lines, evaluation_line, with_progress
-from .trainer import Trainer, autocast
+from .precision import autocast
+from .trainer import Trainer
 
 
 @dataclass
 class Session:
-    """Everything that a run needs while it goes on; ``validation`` is None where nothing is evaluated."""
+    """Everything that a run needs while it goes on.
+
+    ``validation`` is None where nothing is evaluated; ``steps`` are those of an epoch.
+    """
 
     config: TrainConfig
     world: World
@@ -33,13 +36,9 @@ class Session:
     loader: Loader | SyntheticLoader
     validation: Loader | None
     progress: Progress
+    steps: int
     log: RunLog
     stop: StopSignals
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return len(self.loader) * self.config.repeat_num // self.config.grad_accum_steps
 
     def epoch(self) -> None:
         """Train the epoch that ``progress`` is in to its end, evaluate, save, and go to the next.
@@ -47,19 +46,19 @@ class Session:
         Raises:
             Stopped: a signal came; everything is saved.
         """
-        began = time.perf_counter() - self.progress.seconds
-        rate = self.trainer.start_epoch(self.progress.epoch)
+        config, progress = self.config, self.progress
+        began = time.perf_counter() - progress.seconds
+        rate = self.trainer.start_epoch(progress.epoch)
         self._train(rate)
         seconds = time.perf_counter() - began
-        self.world.print(epoch_lines(self.progress, self.config.epoch_size, rate, seconds))
-        self.log.epoch(self.progress, rate, seconds, self._pictures(self.steps))
-        best = False
-        if self.validation is not None and (self.progress.epoch + 1) % self.config.eval_every == 0:
-            self.save()  # evaluation may take longer than a signal leaves time for
-            best = self._evaluate(self.validation)
-        self.progress.next_epoch()
+        self.save()  # evaluation may take longer than a signal leaves time for
+        self.world.print(epoch_lines(progress, config.epoch_size, rate, seconds))
+        self.log.epoch(progress, rate, seconds, self._pictures(self.steps))
+        due = config.eval_every and (progress.epoch + 1) % config.eval_every == 0
+        best = self._evaluate(self.validation) if self.validation is not None and due else False
+        progress.next_epoch()
         self.save(ended=True, best=best)
-        if self.progress.epoch < self.config.epoch_size:
+        if progress.epoch < config.epoch_size:
             self._stop_if(self.stop.poll())
 
     def _train(self, rate: float) -> None:
@@ -85,15 +84,21 @@ class Session:
         networks: dict[str, nn.Module] = {"model": self.trainer.network}
         if self.trainer.ema is not None:
             networks["ema"] = self.trainer.ema.network
-        share = 0.0
+        share = None
         for name, network in networks.items():
             batches = self._stoppable(validation)
-            with autocast(self.config.precision, self.world):
-                result = evaluate(network, batches, validation.pictures, self.world, self.config.smooth_factor)
+            try:
+                with autocast(self.config.precision, self.world.device):
+                    result = evaluate(network, batches, validation.pictures, self.world, self.config.smooth_factor)
+            except RunError as error:  # training may recover from what gives NaN at its start
+                self.world.print(f"Evaluation:[{self.progress.epoch}/{self.config.epoch_size}], {name}: {error}")
+                share = None
+                continue
             self.world.print(evaluation_line(self.progress.epoch, self.config.epoch_size, name, result))
             self.log.evaluation(self.progress, result, name)
             share = result.top1 / result.pictures  # that of the average where there is one
-        if self.progress.best_top1 is not None and share <= self.progress.best_top1:
+        best = self.progress.best_top1
+        if share is None or (best is not None and share <= best):
             return False
         self.progress.best_top1, self.progress.best_epoch = share, self.progress.epoch + 1
         return True
@@ -113,21 +118,22 @@ class Session:
     def save(self, *, ended: bool = False, best: bool = False) -> None:
         """Write ``last.pt``; after an epoch that has ``ended`` keep it as that epoch's, and as the ``best``."""
         settle(self.progress, self.trainer, self.world)
-        content: dict[str, Any] = {
-            **self.trainer.state(),
-            "loader": self.world.gather(self.loader.state()),
-            "random": self.world.gather(checkpoint.random_state(self.world)),
-            "progress": self.progress.state(),
-            "config": asdict(self.config),
-            "classes": self.data.classes,
-            "listing": self.data.listing(),
-        }
+        loader = self.world.gather(self.loader.state())
+        random = self.world.gather(checkpoint.random_state(self.world))
         if self.world.rank == 0:
-            folder = self.config.ckpt_save_dir
-            checkpoint.save(os.path.join(folder, checkpoint.LAST), content)
-            if ended:
-                keep_max = self.config.keep_checkpoint_max
-                checkpoint.keep(folder, epoch=self.progress.epoch, best=best, keep_max=keep_max)
+            content = {
+                **self.trainer.state(),
+                "loader": loader,
+                "random": random,
+                "progress": self.progress.state(),
+                "config": asdict(self.config),
+                "classes": self.data.classes,
+                "listing": self.data.listing,
+                "device": self.world.device.type,
+            }
+            epoch = self.progress.epoch if ended else 0
+            keep_max = self.config.keep_checkpoint_max
+            checkpoint.save(self.config.ckpt_save_dir, content, epoch=epoch, best=best, keep_max=keep_max)
         self.world.wait()
 
     def _stop_if(self, number: int) -> None:

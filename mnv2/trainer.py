@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from itertools import islice
 from typing import Any
@@ -18,34 +17,8 @@ from .config import TrainConfig
 from .data import Batch
 from .distributed import World, convert_sync_batchnorm
 from .model import MobileNetV2
+from .precision import autocast
 from .recipe import learning_rate, make_optimizer
-
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def autocast(precision: str, world: World) -> AbstractContextManager[Any]:
-    """Where the network computes in ``precision``: "fp32" as it is, "fp16" or "bf16" by ``torch.autocast``."""
-    return torch.autocast(world.device.type, _DTYPES[precision], enabled=precision != "fp32")
-
-
-def input_dtype(precision: str) -> torch.dtype:
-    """What the loader hands over: half of the bytes where the first convolution would round them anyway."""
-    return torch.float16 if precision == "fp16" else torch.float32
-
-
-@contextmanager
-def numerics(deterministic: bool) -> Iterator[None]:
-    """Algorithms that give the same bits each time, or the fastest that cuDNN finds, inside the ``with`` statement."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
 
 
 class AveragedWeights:
@@ -99,7 +72,7 @@ class Trainer:
         self._config = config
         self._world = world
         self._trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self._statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        self._statistics = [] if config.sync_bn else _statistics(network)
         self._model = _distributed(network, world)
 
     def start_epoch(self, epoch: int) -> float:
@@ -123,7 +96,7 @@ class Trainer:
         losses = []
         for number, batch in enumerate(islice(batches, config.grad_accum_steps), 1):
             with self._reducing(number == config.grad_accum_steps):
-                with autocast(config.precision, self._world):
+                with autocast(config.precision, self._world.device):
                     logits = self._model(batch.images)
                 loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=config.smooth_factor)
                 self.scaler.scale(loss / config.grad_accum_steps).backward()
@@ -149,7 +122,7 @@ class Trainer:
         return {
             "model": weights_of(self.network),
             "ema": weights_of(self.ema.network) if self.ema is not None else None,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": _on_cpu(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
         }
 
@@ -168,6 +141,19 @@ def weights_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
+def _on_cpu(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {name: _on_cpu(value) for name, value in state.items()}
+    return state.cpu() if isinstance(state, Tensor) else state
+
+
+def _statistics(network: nn.Module) -> list[Tensor]:
+    """Running statistics of the BatchNorms that are trained: those of frozen ones must stay to the bit."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    trained = [norm for norm in norms if any(parameter.requires_grad for parameter in norm.parameters())]
+    return [buffer for norm in trained for buffer in norm.buffers() if buffer.is_floating_point()]
+
+
 def _distributed(network: MobileNetV2, world: World) -> nn.Module:
     """``network``, or over several processes the wrapper that averages gradients."""
     if world.size == 1:
@@ -176,9 +162,16 @@ def _distributed(network: MobileNetV2, world: World) -> nn.Module:
     model = DistributedDataParallel(
         network, device_ids=[world.device] if world.device.type == "cuda" else None, forward_sync_buffers=False
     )
-    # The wrapper sums the first gradients in other pieces than all later ones, so a run that goes on would round
-    # differently than one that went through: let it see the first here. In eval mode this changes nothing.
+    _settle_buckets(model, world)
+    return model
+
+
+def _settle_buckets(model: DistributedDataParallel, world: World) -> None:
+    """Let the wrapper see gradients once.
+
+    It sums the first ones in other pieces than all later ones, so a run that goes on would round differently from one
+    that went through. In eval mode nothing is changed by this.
+    """
     model.eval()
     model(torch.zeros(1, 3, 32, 32, device=world.device)).sum().backward()
-    network.zero_grad(set_to_none=True)
-    return model
+    model.zero_grad(set_to_none=True)

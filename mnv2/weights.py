@@ -33,13 +33,10 @@ class Weights:
     padding: str | None = None
     norm_eps: float | None = None
     averaged: bool = False
-    has_average: bool = False
 
     def __str__(self) -> str:
-        """The file, and which of a checkpoint's weights these are."""
-        if self.averaged:
-            return f"{self.path} (average)"
-        return self.path + (" (not its average; --ema takes that)" if self.has_average else "")
+        """The file, and whether these are a checkpoint's averaged weights."""
+        return self.path + (" (the average)" if self.averaged else "")
 
     @property
     def num_classes(self) -> int:
@@ -74,11 +71,11 @@ class Weights:
         model.load_state_dict(state)
 
 
-def find(pretrained: bool | str, alpha: float, resize: int, *, ema: bool = False) -> Weights | None:
+def find(pretrained: bool | str, alpha: float, resize: int, *, ema: bool = True) -> Weights | None:
     """The weights that ``--pretrained`` asks for: None for False, a file by its path, the weights folder for True.
 
     The weights folder is ``$MNV2_WEIGHTS``, else ``mnv2`` in the user's cache. ``ema`` asks for a checkpoint's averaged
-    weights.
+    weights where it has them.
 
     Raises:
         InputError: the file is missing, damaged, or no weights; for True the message says where a file would go.
@@ -104,10 +101,10 @@ def default_path(alpha: float, resize: int) -> str:
     return os.path.join(folder, f"mobilenetv2_{alpha}_{resize}.safetensors")
 
 
-def read(path: str, *, ema: bool = False) -> Weights:
+def read(path: str, *, ema: bool = True) -> Weights:
     """Read a file of weights: safetensors, a state dict, or one of our checkpoints, known by content, not by name.
 
-    ``ema`` takes a checkpoint's averaged weights.
+    ``ema`` takes a checkpoint's averaged weights where it has them.
 
     Raises:
         InputError: the file can't be read, or holds something else.
@@ -131,17 +128,16 @@ def read(path: str, *, ema: bool = False) -> Weights:
         raise InputError(f"--pretrained: {path} is damaged or no file of weights ({cause})") from None
     if not isinstance(content, dict):
         raise InputError(f"--pretrained: expected a state dict in {path}, got {type(content).__name__}")
-    if ema and not isinstance(content.get("ema"), dict):
-        raise InputError(f"--ema: expected a checkpoint with averaged weights, got {path}, which holds none")
     if isinstance(content.get("model"), dict):
-        weights = _weights(path, content["ema" if ema else "model"])
+        averaged = ema and isinstance(content.get("ema"), dict)
+        weights = _weights(path, content["ema" if averaged else "model"])
         classes, config = content.get("classes"), content.get("config")
         names = classes if isinstance(classes, list) else ()
         if classes is not None and [type(name) for name in names] != [str] * weights.num_classes:
             raise InputError(f"--pretrained: expected {weights.num_classes} names in the classes of {path}")
         if isinstance(config, dict):
             weights = replace(weights, padding=config.get("padding"), norm_eps=config.get("norm_eps"))
-        return replace(weights, classes=classes, averaged=ema, has_average=isinstance(content.get("ema"), dict))
+        return replace(weights, classes=classes, averaged=averaged)
     return _weights(path, content)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mnv2 import MobileNetV2, checkpoint
+from mnv2 import MobileNetV2
 from mnv2.trainer import weights_of
 
 
@@ -56,4 +56,4 @@ def write_photos(folder: Path, count: int, classes=CLASSES, start: int = 0) -> l
 
 def save_weights(path: Path | str, model: MobileNetV2, classes: list[str] | None, **config) -> None:
     """What `validate.py` and ``--pretrained`` read of a checkpoint."""
-    checkpoint.save(str(path), {"model": weights_of(model), "classes": classes, "config": config})
+    torch.save({"model": weights_of(model), "classes": classes, "config": config}, path)

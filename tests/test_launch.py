@@ -37,7 +37,8 @@ SLURM = {
         (MPICH, Place("MPICH", 1, 1, 2, "tcp://127.0.0.1:29500")),
         ({**MPICH, "MASTER_PORT": "99"}, Place("MPICH", 1, 1, 2, "tcp://127.0.0.1:99")),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place("MPICH", 1, 1, 2, "tcp://127.0.0.1:29500")),
-        ({"PMI_RANK": "5", "PMI_SIZE": "8", "SLURM_LOCALID": "2"}, Place("MPICH", 5, 2, 8, "tcp://127.0.0.1:29500")),
+        ({**MPICH, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, Place("MPICH", 1, 1, 2, "tcp://127.0.0.1:29500")),
+        ({"PMI_RANK": "9", "PMI_SIZE": "9", **SLURM, **MASTER}, Place("Slurm", 5, 1, 8, "tcp://node7:1234")),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Place("Slurm", 1, 1, 2, "tcp://127.0.0.1:29500")),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Place("Slurm", 0, 1, 1, None)),
         ({**SLURM, **OPEN_MPI, **TORCHRUN}, Place("torchrun", 3, 1, 4, "tcp://node7:1234")),
@@ -55,7 +56,8 @@ def test_slurm_meets_on_its_first_node_at_a_port_of_the_job():
     assert place[:4] == ("Slurm", 5, 1, 8)
     assert re.fullmatch(r"tcp://gpu03:[12]\d{4}", place.meeting)
     assert find({**SLURM, "SLURM_PROCID": "0"}).meeting == place.meeting
-    assert find({**SLURM, "SLURM_JOB_ID": "78"}).meeting != place.meeting
+    for other in ({"SLURM_JOB_ID": "78"}, {"SLURM_STEP_ID": "1"}):
+        assert find({**SLURM, **other}).meeting != place.meeting
 
 
 def test_two_jobs_of_open_mpi_meet_at_two_ports():

@@ -22,7 +22,7 @@ from samples import write_photos
 import train
 import validate
 from mnv2 import MobileNetV2, checkpoint
-from mnv2.config import Stopped, TrainConfig
+from mnv2.config import RunError, Stopped, TrainConfig
 from mnv2.distributed import StopSignals, World
 
 SMALL = ["--alpha", "0.35", "--resize", "32", "--batch_size", "4", "--num_parallel_workers", "1"]
@@ -175,7 +175,7 @@ def folder(trained, tmp_path) -> Path:
 def test_a_finished_run_is_left_as_it_is(trained, folder, capsys):
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
     assert train.main([*trained[1], "--ckpt_save_dir", str(folder), "--resume", "auto"]) == 0
-    assert "last.pt has done the 1 epochs that are asked for: nothing is left to do" in capsys.readouterr().out
+    assert "last.pt has done all 1 epochs: nothing is left to do" in capsys.readouterr().out
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()} == before
 
 
@@ -187,6 +187,25 @@ def test_more_epochs_go_on_and_what_has_changed_is_said(trained, folder, capsys)
     assert "--max_lr was 0.1 so far and is 0.01 from here on" in output
     assert "lr:0.00500" in output
     assert sorted(path.name for path in folder.glob("epoch_*")) == ["epoch_0001.pt", "epoch_0002.pt"]
+
+
+def test_another_run_in_the_folder_is_put_aside_and_not_mixed_up(trained, folder, tmp_path):
+    """A run that goes on from elsewhere, or from an older checkpoint, keeps no other's epochs and best."""
+    words = [*trained[1], "--ckpt_save_dir", str(folder), "--resume"]
+    assert train.main([*words, "auto", "--epoch_size", "3"]) == 0
+    assert train.main([*words, str(folder / "epoch_0001.pt"), "--epoch_size", "2", "--max_lr", "0.01"]) == 0
+    names = ["best.pt", "epoch_0002.pt", "last.pt"]
+    assert sorted(path.name for path in folder.glob("*.pt")) == names
+    (earlier,) = folder.glob("earlier-*")
+    assert sorted(path.name for path in earlier.glob("epoch_*")) == [f"epoch_000{i}.pt" for i in (1, 2, 3)]
+    assert torch.load(folder / "best.pt", weights_only=True)["progress"]["best_epoch"] == 2
+
+
+def test_momentum_can_not_come_from_nowhere(trained, tmp_path, capsys):
+    words = [*trained[1], "--ckpt_save_dir", str(tmp_path), "--optimizer", "rmsprop", "--max_lr", "1e-4"]
+    assert train.main([*words, "--momentum", "0"]) == 0
+    assert train.main([*words, "--epoch_size", "2", "--resume"]) == 1
+    assert "is of training with --momentum 0.0, got --momentum 0.9" in capsys.readouterr().err
 
 
 def test_resume_without_a_checkpoint_starts_anew_and_says_so(trained, tmp_path, capsys):
@@ -208,7 +227,19 @@ def test_a_new_run_puts_an_earlier_one_aside(trained, folder, capsys):
 def test_a_checkpoint_is_plain_and_its_weights_are_torchvisions(trained, capsys):
     path = trained[0] / "best.pt"
     found = torch.load(path, weights_only=True)
-    names = ["classes", "config", "ema", "listing", "loader", "model", "optimizer", "progress", "random", "scaler"]
+    names = [
+        "classes",
+        "config",
+        "device",
+        "ema",
+        "listing",
+        "loader",
+        "model",
+        "optimizer",
+        "progress",
+        "random",
+        "scaler",
+    ]
     assert sorted(found) == names
     assert TrainConfig(**found["config"]).alpha == 0.35
     assert found["progress"]["best_epoch"] == 1
@@ -301,7 +332,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(trained, folder, tmp_path):
     words = [*trained[1], "--ckpt_save_dir", folder, "--epoch_size", 2, "--resume", "auto"]
     done = run(tmp_path / "full.py", *words, PYTHONPATH=str(ROOT))
     assert done.returncode == 1
-    assert re.match(r"train.py: can't write .*last.pt \(is the disk full\?\): ", done.stderr.splitlines()[-1])
+    assert re.match(r"train.py: can't write to .* \(is the disk full\?\): ", done.stderr.splitlines()[-1])
     assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before
     assert not list(folder.glob(".writing-*"))
 
@@ -309,15 +340,15 @@ def test_a_full_disk_loses_nothing_that_was_saved(trained, folder, tmp_path):
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, step):
     path = tmp_path / "last.pt"
-    checkpoint.save(str(path), {"a": torch.ones(3)})
+    checkpoint.save(str(tmp_path), {"a": torch.ones(3)})
     before = path.read_bytes()
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, step, full)
-    with pytest.raises(checkpoint.RunError, match=r"can't write .*last.pt \(is the disk full\?\): .*No space left"):
-        checkpoint.save(str(path), {"a": torch.zeros(3)})
+    with pytest.raises(RunError, match=r"can't write to .* \(is the disk full\?\): .*No space left"):
+        checkpoint.save(str(tmp_path), {"a": torch.zeros(3)}, epoch=1, best=True, keep_max=3)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["last.pt"]
 
@@ -325,17 +356,16 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, step):
 def test_what_a_killed_process_has_half_written_is_removed(tmp_path):
     (tmp_path / ".writing-abc").write_bytes(b"half")
     (tmp_path / "mine.pt").write_bytes(b"whole")
-    checkpoint.prepare(str(tmp_path))
+    checkpoint.make_folder(str(tmp_path))
     assert os.listdir(tmp_path) == ["mine.pt"]
 
 
 def test_only_the_last_epochs_are_kept(tmp_path):
     for epoch in range(1, 6):
-        checkpoint.save(str(tmp_path / "last.pt"), {"epoch": epoch})
-        checkpoint.keep(str(tmp_path), epoch=epoch, best=epoch == 2, keep_max=2)
+        checkpoint.save(str(tmp_path), {"epoch": epoch}, epoch=epoch, best=epoch == 2, keep_max=2)
     found = {path.name: torch.load(path)["epoch"] for path in tmp_path.iterdir()}
     assert found == {"last.pt": 5, "best.pt": 2, "epoch_0004.pt": 4, "epoch_0005.pt": 5}
-    checkpoint.keep(str(tmp_path), epoch=6, best=False, keep_max=0)
+    checkpoint.save(str(tmp_path), {"epoch": 6}, epoch=6, keep_max=0)
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
 
 
@@ -344,7 +374,6 @@ def test_checkpoints_where_there_are_no_links(tmp_path, monkeypatch):
         raise OSError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refused)
-    checkpoint.save(str(tmp_path / "last.pt"), dict.fromkeys(checkpoint._KEYS, 1))
-    checkpoint.keep(str(tmp_path), epoch=1, best=True, keep_max=1)
+    checkpoint.save(str(tmp_path), {"epoch": 1}, epoch=1, best=True, keep_max=1)
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "epoch_0001.pt", "last.pt"]
     assert torch.load(tmp_path / "best.pt") == torch.load(tmp_path / "last.pt")
