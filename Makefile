@@ -28,6 +28,7 @@ setup: .venv/.ready ## make .venv with pinned dependencies and the project insta
 demo: export OMP_NUM_THREADS = 1
 demo: setup ## train on the embedded digits and evaluate with one process and with two
 	$(PY) -m mnv2.digits $(DIGITS)
+	@rm -rf $(DEMO)
 	$(PY) train.py $(DEMO_NETWORK) --epoch_size 30 --max_lr 0.05 --warmup_epochs 5 --crop_scale 0.75 0.75 --crop_ratio 1 1 --hflip 0 --ckpt_save_dir $(DEMO)
 	$(PY) validate.py $(DEMO_NETWORK) --preprocessing torchvision --pretrained $(DEMO)/last.pt > $(DEMO)/one.txt
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node 2 \

@@ -9,12 +9,15 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, run
+from processes import ROOT, environment, finish, run
 from samples import photo, save_weights, settled, write_photos
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -22,7 +25,7 @@ import train
 import validate
 from mnv2 import MobileNetV2, inputs
 from mnv2.config import TrainConfig
-from mnv2.data import Loader, profile
+from mnv2.data import Augmentation, Loader, profile
 from mnv2.distributed import World
 from mnv2.engine import evaluate
 from mnv2.files import list_pictures
@@ -184,6 +187,12 @@ def test_synthetic_pictures_need_no_data(tmp_path, capsys, monkeypatch):
         ("train.py", "--data_url {photos} --class_index no.txt", "--class_index: can't read no.txt"),
         ("train.py", "--synthetic 64 --alpha 0.35 --resize 32 --max_lr 1e30 --epoch_size 9", "the loss of step .* is"),
         ("train.py", "--synthetic --resize 32 --batch_size 1", "--batch_size: expected 2 or more at --resize 32"),
+        ("train.py", "--data_url {photos} --freeze features --resume", "--freeze: expected --pretrained FILE"),
+        (
+            "train.py",
+            "--synthetic 64 --grad_accum_steps 65",
+            "--batch_size: expected at most 1 for 64 .* fewer",
+        ),
         ("train.py", "--synthetic --ckpt_save_dir /dev/null/x", "--ckpt_save_dir: can't write to /dev/null/x: Not a"),
         ("train.py", "--data_url {photos} --device cuda", "--device: expected a CUDA GPU"),
     ],
@@ -383,3 +392,136 @@ def test_real_photographs(test_data, processes):
     assert "top-1: 170 of 200 right" in done.stdout
     assert "top-5: 195 of 200 right" in done.stdout
     assert done.stdout.splitlines()[-1] == "{'Top_1_Accuracy': 0.85, 'Top_5_Accuracy': 0.975}"
+
+
+def test_training_is_the_recipe_written_out(photos, tmp_path):
+    """Two epochs of `train.py` against a plain loop over the same loader, to the bit."""
+    config = TrainConfig(
+        alpha=0.35, resize=32, batch_size=5, epoch_size=2, max_lr=0.02, weight_decay=1e-3, seed=3,
+        num_parallel_workers=1, eval_every=0, data_url=str(photos), ckpt_save_dir=str(tmp_path),
+    )  # fmt: skip
+    train.train(config, World())
+    trained = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+
+    pictures = list_pictures(str(photos), "train")
+    labels = [["ant", "bee", "cat"].index(name) for name in pictures.names]
+    loader = Loader(pictures.paths, labels, Augmentation(32), batch_size=5, world=World(), threads=1, seed=3)
+    torch.manual_seed(3)
+    model = MobileNetV2(0.35, 3)
+    torch.manual_seed(3)
+    model.train()
+    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    optimizer = torch.optim.SGD([{"params": decayed, "weight_decay": 1e-3}, {"params": others}], 0.02, 0.9)
+    for rate in (0.02, 0.01):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for batch in loader:
+            loss = torch.nn.functional.cross_entropy(model(batch.images), batch.labels, label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert all(torch.equal(trained[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """Weights of three classes that are called otherwise than the photographs'."""
+    path = tmp_path_factory.mktemp("given") / "given.pt"
+    torch.manual_seed(1)
+    save_weights(path, settled(MobileNetV2(0.35, num_classes=3)), ["dog", "emu", "fox"])
+    return path
+
+
+STILL = ["--batch_size", "8", "--epoch_size", "1", "--max_lr", "1e-30"]
+
+
+def trained_from(path, photos, folder, *words) -> tuple[dict, dict]:
+    """Weights before and after an epoch at a rate of nothing."""
+    words = [*SMALL, *STILL, "--data_url", photos, "--ckpt_save_dir", folder, "--pretrained", path, *words]
+    assert train.main(list(map(str, words))) == 0
+    return torch.load(path, weights_only=True), torch.load(folder / "last.pt", weights_only=True)
+
+
+def test_fine_tuning_makes_a_new_classifier_for_other_classes(photos, given, tmp_path, capsys):
+    before, after = trained_from(given, photos, tmp_path)
+    assert "; a new classifier of 3 classes in place of its 3" in capsys.readouterr().out
+    assert after["classes"] == ["ant", "bee", "cat"]
+    for name, tensor in before["model"].items():
+        if name.startswith("classifier"):
+            assert not torch.equal(after["model"][name], tensor) or name.endswith("bias")
+        elif tensor.dim() > 1:
+            assert torch.equal(after["model"][name], tensor), name
+
+
+def test_fine_tuning_from_more_outputs_than_classes(photos, tmp_path, capsys):
+    torch.save(settled(MobileNetV2(0.35, num_classes=1000)).state_dict(), tmp_path / "plain.pth")
+    words = [*SMALL, *STILL, "--data_url", str(photos), "--pretrained", str(tmp_path / "plain.pth")]
+    words += ["--ckpt_save_dir", str(tmp_path)]
+    assert train.main(words) == 0
+    assert "; a new classifier of 3 classes in place of its 1000" in capsys.readouterr().out
+    assert train.main([*words, "--num_classes", "1000"]) == 0
+    assert "new classifier" not in capsys.readouterr().out
+
+
+def test_frozen_features_stay_to_the_bit(photos, given, tmp_path):
+    before, after = trained_from(given, photos, tmp_path, "--freeze", "features", "--max_lr", "0.1")
+    for name, tensor in before["model"].items():
+        assert torch.equal(after["model"][name], tensor) == name.startswith("features."), name
+
+
+def test_frozen_features_stay_to_the_bit_in_three_processes(photos, given, tmp_path):
+    words = [*SMALL, "--batch_size", 3, "--epoch_size", 4, "--data_url", photos, "--pretrained", given]
+    done = run("train.py", *words, "--freeze", "features", "--ckpt_save_dir", tmp_path, processes=3)
+    assert done.returncode == 0, done.stderr
+    before, after = torch.load(given), torch.load(tmp_path / "last.pt")
+    for name, tensor in before["model"].items():
+        assert torch.equal(after["model"][name], tensor) == name.startswith("features."), name
+
+
+def test_averaged_weights_are_evaluated_and_validated(photos, tmp_path, capsys):
+    words = [*SMALL, "--data_url", str(photos)]
+    training = ["--batch_size", "8", "--epoch_size", "2", "--ema_decay", "0.5", "--ckpt_save_dir", str(tmp_path)]
+    assert train.main([*words, *training]) == 0
+    output = capsys.readouterr().out
+    found = re.findall(r"Evaluation:\[1/2\], (model|ema): top-1 \S+ \((\d+) of 11\), top-5 100.00%, loss (\S+)", output)
+    assert [name for name, _, _ in found] == ["model", "ema"]
+    for name, right, loss in found:
+        assert validate.main([*words, "--pretrained", str(tmp_path / "last.pt"), "--ema", str(name == "ema")]) == 0
+        output = capsys.readouterr().out
+        assert f"top-1: {right} of 11 right" in output
+        assert f"11 pictures, loss {loss} " in output
+        assert ("last.pt (the average)" in output) == (name == "ema")
+
+
+def test_steps_are_logged_by_interval(photos, tmp_path):
+    words = [*SMALL, "--data_url", str(photos), "--batch_size", "4", "--epoch_size", "1", "--log_every", "2"]
+    assert train.main([*words, "--ckpt_save_dir", str(tmp_path), "--eval_every", "0"]) == 0
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "steps", "steps", "epoch"]
+    assert [(event["epoch"], event["step"], event["steps"]) for event in events[1:3]] == [(0, 2, 2), (0, 4, 2)]
+    assert set(events[1]) == {
+        *("event", "unix_time_seconds", "epoch", "step", "steps"),
+        *("loss_mean", "learning_rate", "seconds_per_step", "pictures_per_second"),
+    }
+    assert not (tmp_path / "best.pt").exists()
+
+
+def test_torchrun_starts_a_killed_process_again_and_training_goes_on(photos, tmp_path):
+    """The second attempt meets at the same store, in which the first has left its words."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*SMALL, "--data_url", photos, "--batch_size", 4, "--epoch_size", 12, "--save_every", 1, "--log_every", 1]
+    words += ["--ckpt_save_dir", tmp_path, "--resume", "auto"]
+    command = [*torchrun, "--max-restarts", "1", str(ROOT / "train.py"), *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    agent = subprocess.Popen(command, env=environment(), **pipes)
+    log = tmp_path / "log.jsonl"
+    while not (log.exists() and log.read_text().count('"steps"') > 3):
+        assert agent.poll() is None
+        time.sleep(0.01)
+    workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    (done,) = finish([agent])
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"goes on from .*last.pt: \d+ epochs and \d+ steps are done", done.stdout)
+    assert "Epoch:[11/12]" in done.stdout
