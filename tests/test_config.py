@@ -93,6 +93,18 @@ def test_a_flag_without_its_value():
         ("--hflip 1.5", "--hflip: expected a probability, got 1.5"),
         ("--bad_files ignore", "argument --bad_files: invalid choice"),
         ("--seed -1", "--seed: expected an integer from 0"),
+        ("--grad_accum_steps 0", "--grad_accum_steps: expected a positive integer, got 0"),
+        ("--repeat_num 0", "--repeat_num: expected a positive integer, got 0"),
+        ("--log_every 0", "--log_every: expected a positive integer, got 0"),
+        ("--keep_checkpoint_max -1", "--keep_checkpoint_max: expected an integer from 0 up, got -1"),
+        ("--save_every -1", "--save_every: expected an integer from 0 up, got -1"),
+        ("--decay_epoch 2 --warmup_epochs 2", "--decay_epoch: expected an integer over warmup_epochs 2, got 2"),
+        ("--clip_grad_norm nan", "--clip_grad_norm: expected a number from 0 up, got nan"),
+        ("--ema_decay 1", "--ema_decay: expected a number from 0 up to, but not, 1, got 1.0"),
+        ("--precision fp8", "argument --precision: invalid choice: 'fp8'"),
+        ("--freeze all", "argument --freeze: invalid choice: 'all'"),
+        ("--max_lr 1e31", "--max_lr: expected a positive number"),
+        ("--run_distribute maybe", "argument --run_distribute: invalid"),
     ],
 )
 def test_a_wrong_flag_ends_with_one_line(words, message, capsys):
@@ -120,6 +132,23 @@ def test_help_describes_every_flag(config, capsys):
     for field in dataclasses.fields(config):
         assert f"--{field.name}" in text
         assert field.metadata["help"]
+
+
+def test_the_references_flags_are_known():
+    words = (
+        "--data_url x --epoch_size 3 --pretrained False --keep_checkpoint_max 4 --ckpt_save_dir y "
+        "--num_parallel_workers 2 --batch_size 8 --repeat_num 2 --num_classes 1001 --lr_decay_mode cosine_decay_lr "
+        "--min_lr 0.01 --max_lr 0.2 --decay_epoch 9 --momentum 0.8 --smooth_factor 0.2 --run_distribute no "
+        "--alpha 0.5 --resize 96"
+    )
+    config = train(*words.split())
+    assert (config.keep_checkpoint_max, config.repeat_num, config.decay_epoch) == (4, 2, 9)
+    assert (config.num_classes, config.run_distribute) == (1001, False)
+
+
+@pytest.mark.parametrize(("words", "resume"), [("", None), ("--resume", "auto"), ("--resume last.pt", "last.pt")])
+def test_resume_is_auto_or_a_file(words, resume):
+    assert train(*words.split()).resume == resume
 
 
 def test_no_more_threads_than_cores():

@@ -26,6 +26,12 @@ def test_the_cosine_spans_exactly_the_epochs_asked_for():
     assert course == pytest.approx([0.02 + 0.04 * (1 + math.cos(math.pi * epoch / 200)) for epoch in range(200)])
 
 
+def test_the_cosine_may_fall_sooner_or_later_than_the_run_ends():
+    assert rates(epoch_size=6, decay_epoch=4)[:4] == rates(epoch_size=4)
+    assert rates(epoch_size=6, decay_epoch=4, min_lr=0.01)[4:] == [0.01, 0.01]
+    assert rates(epoch_size=4, decay_epoch=6) == rates(epoch_size=6)[:4]
+
+
 def test_warm_up_rises_to_the_rate_that_follows():
     course = rates(epoch_size=10, warmup_epochs=4)
     assert course[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])

@@ -525,3 +525,17 @@ def test_torchrun_starts_a_killed_process_again_and_training_goes_on(photos, tmp
     assert done.returncode == 0, done.stderr
     assert re.search(r"goes on from .*last.pt: \d+ epochs and \d+ steps are done", done.stdout)
     assert "Epoch:[11/12]" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_training_on_a_gpu_goes_on_to_the_bit(photos, tmp_path, precision):
+    words = [*SMALL, "--data_url", str(photos), "--batch_size", "4", "--device", "cuda", "--precision", precision]
+    words += ["--deterministic", "--ema_decay", "0.9", "--max_lr", "0.02", "--decay_epoch", "2"]
+    assert train.main([*words, "--epoch_size", "2", "--ckpt_save_dir", str(tmp_path / "whole")]) == 0
+    for epochs in ("1", "2"):
+        cut = ["--epoch_size", epochs, "--resume", "auto", "--ckpt_save_dir", str(tmp_path / "cut")]
+        assert train.main([*words, *cut]) == 0
+    whole, cut = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(tensor, cut[part][name]) for name, tensor in whole[part].items())
