@@ -80,11 +80,17 @@ def test_the_first_node_of_a_list(nodes, first):
         ({**MPICH, "MPI_LOCALNRANKS": "1"}, "MASTER_ADDR: expected the first machine's address"),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE: expected an integer .* got 'x'"),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "2"}, "OMPI_COMM_WORLD_RANK: expected 0 to 1 for a OMPI_COMM_WORLD_SIZE"),
+        ({"RANK": "one"}, "RANK: expected an integer in the environment, got 'one'"),
+        ({"WORLD_SIZE": "one"}, "WORLD_SIZE: expected an integer in the environment, got 'one'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: expected a positive integer in the environment, got 0"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: 2 processes are announced, but RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE: 2 processes are announced, but MASTER_ADDR is not set"),
+        ({**TORCHRUN, "RANK": "4"}, "RANK: expected 0 to 3 for a WORLD_SIZE of 4, got 4"),
+        ({**TORCHRUN, "MASTER_PORT": "abc"}, "MASTER_PORT: expected an integer in the environment, got 'abc'"),
         ({**TORCHRUN, "LOCAL_RANK": "one"}, "LOCAL_RANK: expected an integer in the environment, got 'one'"),
         ({**TORCHRUN, "MASTER_PORT": ""}, "MASTER_PORT is not set; start them with torchrun"),
         ({**SLURM, "SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST: expected names of nodes"),
     ],
-    ids=["open-mpi-nodes", "mpich-nodes", "size", "rank", "local-rank", "port", "nodes"],
 )
 def test_variables_that_can_not_be_used(environment, message):
     with pytest.raises(InputError, match=message):

@@ -55,7 +55,7 @@ def test_the_result_is_the_same_for_any_number_of_processes(photos, weights, cap
     assert validate.main(list(map(str, words))) == 0
     expected = steady(capsys.readouterr().out)[-4:]
     assert expected[0].startswith("11 pictures, loss ")
-    for processes in (2, 3, 8):
+    for processes in (3, 8):
         done = run("validate.py", *words, processes=processes)
         assert done.returncode == 0, done.stderr
         assert steady(done.stdout)[-4:] == expected, processes
@@ -233,34 +233,10 @@ def test_bad_files_with_two_processes(photos, weights, tmp_path, bad_files):
         assert "9 pictures, loss" in done.stdout
 
 
-@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE"])
-def test_a_launchers_variable_that_is_no_number(variable):
-    done = run("train.py", "--synthetic", **{variable: "one"})
+def test_a_launchers_variable_that_can_not_be_used_is_one_line():
+    done = run("train.py", "--synthetic", RANK="one")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"train.py: {variable}: expected an integer in the environment, got 'one'"
-
-
-@pytest.mark.parametrize(
-    ("environment", "words"),
-    [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: 2 processes are announced, but RANK is not set"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE: 2 processes are announced, but MASTER_ADDR is not set"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
-            "RANK: expected 0 to 1 for a WORLD_SIZE of 2, got 2",
-        ),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: expected a positive integer in the environment, got 0"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "abc"},
-            "MASTER_PORT: expected an integer in the environment, got 'abc'",
-        ),
-    ],
-    ids=["no-rank", "no-address", "rank-too-high", "no-process", "port-no-number"],
-)
-def test_half_a_launchers_variables(environment, words):
-    done = run("train.py", "--synthetic", **environment)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"train.py: {words}")
+    assert done.stderr == "train.py: RANK: expected an integer in the environment, got 'one'\n"
 
 
 RECIPE = {
@@ -381,7 +357,7 @@ def test_evaluation_is_what_its_flags_say(photos, tmp_path, name, capsys):
     assert steady(capsys.readouterr().out)[-4:] == steady(expected)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 3])
 def test_real_photographs(test_data, processes):
     words = ["--alpha", "1.0", "--resize", "224", "--preprocessing", "torchvision"]
     words += ["--pretrained", test_data / "mobilenetv2_1.0_224_real.safetensors"]
