@@ -21,7 +21,7 @@ from samples import write_photos
 
 import train
 import validate
-from mnv2 import MobileNetV2, checkpoint
+from mnv2 import MobileNetV2, checkpoint, session
 from mnv2.config import RunError, Stopped, TrainConfig
 from mnv2.distributed import StopSignals, World
 
@@ -199,6 +199,34 @@ def test_another_run_in_the_folder_is_put_aside_and_not_mixed_up(trained, folder
     (earlier,) = folder.glob("earlier-*")
     assert sorted(path.name for path in earlier.glob("epoch_*")) == [f"epoch_000{i}.pt" for i in (1, 2, 3)]
     assert torch.load(folder / "best.pt", weights_only=True)["progress"]["best_epoch"] == 2
+
+
+def test_weights_that_have_diverged_are_not_saved(trained, folder, capsys):
+    before = (folder / "last.pt").read_bytes()
+    words = [*trained[1], "--ckpt_save_dir", str(folder), "--resume", "--epoch_size", "2", "--save_every", "1"]
+    assert train.main([*words, "--max_lr", "1e30"]) == 1
+    assert re.search(r"train.py: (the loss of step \d+ is|a weight is no longer finite)", capsys.readouterr().err)
+    first = torch.load(folder / "epoch_0001.pt", weights_only=True)
+    last = torch.load(folder / "last.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in last["model"].values() if tensor.is_floating_point())
+    assert (folder / "epoch_0001.pt").read_bytes() == before
+    assert first["progress"]["epoch"] == 1
+
+
+def test_an_evaluation_that_fails_does_not_end_training(trained, tmp_path, monkeypatch, capsys):
+    real = session.evaluate
+
+    def evaluate(*arguments, calls=[]):  # noqa: B006  # counts across calls
+        calls.append(1)
+        if len(calls) == 1:
+            raise RunError("no accuracy: the network gives NaN for 3 of 11 pictures")
+        return real(*arguments)
+
+    monkeypatch.setattr(session, "evaluate", evaluate)
+    assert train.main([*trained[1], "--epoch_size", "2", "--ckpt_save_dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "Evaluation:[0/2], model: no accuracy: the network gives NaN for 3 of 11 pictures" in lines
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["progress"]["best_epoch"] == 2
 
 
 def test_momentum_can_not_come_from_nowhere(trained, tmp_path, capsys):
