@@ -5,7 +5,7 @@ EXTRAS ?= test
 PY := .venv/bin/python
 DEMO := build/demo
 DIGITS := build/digits
-DEMO_NETWORK := --alpha 0.35 --resize 32 --data_url $(DIGITS)
+DEMO_NETWORK := --alpha 0.35 --resize 32 --preprocessing torchvision --data_url $(DIGITS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench gpu clean
@@ -30,9 +30,9 @@ demo: setup ## train on the embedded digits and evaluate with one process and wi
 	$(PY) -m mnv2.digits $(DIGITS)
 	@rm -rf $(DEMO)
 	$(PY) train.py $(DEMO_NETWORK) --epoch_size 30 --max_lr 0.05 --warmup_epochs 5 --crop_scale 0.75 0.75 --crop_ratio 1 1 --hflip 0 --ckpt_save_dir $(DEMO)
-	$(PY) validate.py $(DEMO_NETWORK) --preprocessing torchvision --pretrained $(DEMO)/last.pt > $(DEMO)/one.txt
+	$(PY) validate.py $(DEMO_NETWORK) --pretrained $(DEMO)/last.pt > $(DEMO)/one.txt
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node 2 \
-		validate.py $(DEMO_NETWORK) --preprocessing torchvision --pretrained $(DEMO)/last.pt > $(DEMO)/two.txt
+		validate.py $(DEMO_NETWORK) --pretrained $(DEMO)/last.pt > $(DEMO)/two.txt
 	@echo; echo "One process:"; tail -n 4 $(DEMO)/one.txt; echo "Two processes:"; tail -n 4 $(DEMO)/two.txt
 	@$(PY) .ci/check_demo.py $(DEMO)/one.txt $(DEMO)/two.txt
 
