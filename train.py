@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
 from mnv2 import MobileNetV2, checkpoint, layer_shapes
+from mnv2.checkpoint import Saved
 from mnv2.config import InputError, TrainConfig, exit_status, parse
 from mnv2.distributed import StopSignals, World, world
 from mnv2.engine import Progress
@@ -33,15 +35,19 @@ def train(config: TrainConfig, world: World) -> str:
         RunError: training has diverged, or a checkpoint can't be written.
         Stopped: a signal came; everything is saved.
     """
-    last = os.path.join(config.ckpt_save_dir, checkpoint.LAST)
     saved = checkpoint.resume(config, world)
     if saved is not None:
-        if saved.epochs >= config.epoch_size:
-            world.print(f"{saved.path} has done all {config.epoch_size} epochs: nothing is left to do")
-            return saved.path
         saved.check_run(config, world)
-    if world.rank == 0:
-        checkpoint.make_folder(config.ckpt_save_dir)
+        if saved.epochs >= config.epoch_size:
+            world.print(f"{saved.path} has done {saved.epochs} epochs of {config.epoch_size}: nothing is left to do")
+            return saved.path
+    with checkpoint.open_folder(config) if world.rank == 0 else nullcontext():
+        run(config, world, saved)
+    return os.path.join(config.ckpt_save_dir, checkpoint.LAST)
+
+
+def run(config: TrainConfig, world: World, saved: Saved | None) -> None:
+    """Train to the end, from ``saved`` on where there is something."""
     start = saved.weights() if saved is not None else find(config.pretrained, config.alpha, config.resize)
     if start is None and config.freeze != "none":
         raise InputError("--freeze: expected --pretrained FILE with features that have learnt something, got none")
@@ -61,17 +67,27 @@ def train(config: TrainConfig, world: World) -> str:
     if start is not None and saved is None:
         load(start, network, data, world)
     trainer = Trainer(network, config, world)
-    progress = saved.restore(trainer, world) if saved is not None else Progress()
+    progress = saved.restore(trainer, config, data, world) if saved is not None else Progress()
     log = RunLog(config, world, progress, steps=steps, num_classes=data.num_classes)
     if world.rank == 0 and not (saved is not None and saved.own):
-        earlier = checkpoint.set_aside(config.ckpt_save_dir)
+        earlier = checkpoint.set_aside(config.ckpt_save_dir, saved.path if saved is not None else None)
         if earlier is not None:
             world.print(f"the checkpoints of an earlier run are in {earlier} now")
     with log, StopSignals(world) as stop:
-        session = Session(config, world, data, trainer, loader, validation, progress, steps, log, stop)
+        session = Session(
+            config=config,
+            world=world,
+            data=data,
+            trainer=trainer,
+            loader=loader,
+            validation=validation,
+            progress=progress,
+            steps=steps,
+            log=log,
+            stop=stop,
+        )
         while progress.epoch < config.epoch_size:
             session.epoch()
-    return last
 
 
 def make_network(config: TrainConfig, world: World, data: TrainingData) -> MobileNetV2:

@@ -6,13 +6,16 @@ A folder holds ``last.pt``, from which training goes on, ``best.pt``, the epoch 
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import fcntl
 import glob
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,48 +34,72 @@ _EPOCH = "epoch_{:04d}.pt"
 _EPOCHS = "epoch_[0-9]*.pt"
 _WRITING = ".writing-"
 _KEYS = (
-    *("model", "ema", "optimizer", "scaler", "loader", "random", "progress"),
-    *("config", "classes", "listing", "device"),
+    "model",
+    "ema",
+    "optimizer",
+    "scaler",
+    "loader",
+    "random",
+    "progress",
+    "config",
+    "classes",
+    "listing",
+    "validation",
+    "device",
 )
 
-# What a run that goes on may not change: it would be another network, other batches, or a state that doesn't fit.
-_FIXED = (
-    *("arch", "alpha", "resize", "padding", "norm_eps", "precision", "optimizer", "sync_bn", "freeze"),
-    *("batch_size", "grad_accum_steps", "repeat_num", "seed", "synthetic"),
-)
-# What changes nothing in the weights that come out.
-_FREE = (
-    *("data_url", "pretrained", "num_classes", "class_index", "bad_files", "val_labels", "num_parallel_workers"),
-    *("backend", "device", "run_distribute", "preprocessing", "ckpt_save_dir", "keep_checkpoint_max", "save_every"),
-    *("resume", "eval_every", "log_every", "tensorboard"),
-)
 
+@contextmanager
+def open_folder(config: TrainConfig) -> Iterator[None]:
+    """Make the folder of the checkpoints and hold it for one run, inside the ``with`` statement.
 
-def make_folder(folder: str) -> None:
-    """Make ``folder`` and try to write there, so that a run doesn't find out at its end that it can't be saved.
-
-    What a killed process has left half written is removed.
+    It is tried here, so that a run doesn't find out at its end that it can't be saved. What a killed process has left
+    half written is removed.
 
     Raises:
-        InputError: the folder can't be made or written.
+        InputError: the folder can't be made or written, lies among the pictures, or is another run's at the moment.
     """
+    folder = config.ckpt_save_dir
+    for split in ("train", "val"):
+        pictures = os.path.realpath(os.path.join(config.data_url, split))
+        if not config.synthetic and os.path.commonpath([pictures, os.path.realpath(folder)]) == pictures:
+            raise InputError(f"--ckpt_save_dir: expected a folder outside the pictures in {pictures}, got {folder}")
+    descriptor = None
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        descriptor = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks
+            _lock(descriptor, folder)
         for path in glob.glob(os.path.join(glob.escape(folder), _WRITING + "*")):
             os.unlink(path)
     except OSError as error:
         raise InputError(f"--ckpt_save_dir: can't write to {folder}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def set_aside(folder: str) -> str | None:
-    """Move an earlier run's checkpoints to a folder of their own, since a new run would replace them; its path."""
-    found = [os.path.join(folder, name) for name in (LAST, BEST) if os.path.exists(os.path.join(folder, name))]
-    found += _epochs(folder)
+def _lock(descriptor: int, folder: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"--ckpt_save_dir: another run is writing to {folder}; wait for it or name another") from None
+
+
+def set_aside(folder: str, but: str | None = None) -> str | None:
+    """Move an earlier run's checkpoints to a folder of their own, since a new run would replace them; its path.
+
+    An epoch's checkpoint ``but`` stays, from which the new run goes on.
+    """
+    found = [os.path.join(folder, name) for name in (LAST, BEST) if os.path.lexists(os.path.join(folder, name))]
+    found += [path for path in _epochs(folder) if but is None or not os.path.samefile(path, but)]
     if not found:
         return None
-    moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(max(map(os.path.getmtime, found))))
+    moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(max(os.lstat(path).st_mtime for path in found)))
     name = place = os.path.join(folder, f"earlier-{moment}")
     number = 1
     while os.path.exists(place):
@@ -116,7 +143,8 @@ def save(folder: str, content: Mapping[str, Any], *, epoch: int = 0, best: bool 
         for name in (LAST, *names):
             with suppress(OSError):
                 os.unlink(os.path.join(folder, _WRITING + name))
-        raise RunError(f"can't write to {folder} (is the disk full?): {error}") from None
+        full = isinstance(error, RuntimeError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise RunError(f"can't write to {folder}{' (is the disk full?)' if full else ''}: {error}") from None
 
 
 def read(path: str) -> dict[str, Any]:
@@ -131,11 +159,16 @@ def read(path: str) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"--resume: can't read {path}: {error.strerror}{_others(path)}") from None
     except Exception as error:  # a damaged file can fail anywhere in its reader
-        cause = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"--resume: {path} is truncated, damaged or no checkpoint ({cause}){_others(path)}") from None
+        cause = str(error).partition("\n")[0]
+        cause = f" ({cause})" if " " in cause else ""  # some readers give a bare number
+        raise InputError(f"--resume: {path} is truncated, damaged or no checkpoint{cause}{_others(path)}") from None
     missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
     if missing:
         raise InputError(f"--resume: {path} is no checkpoint of training, since it lacks {missing[0]!r}")
+    kinds = {"model": dict, "optimizer": dict, "loader": list, "random": list, "progress": dict, "config": dict}
+    for key, kind in kinds.items():
+        if not isinstance(content[key], kind):
+            raise InputError(f"--resume: {path} is damaged: expected a {kind.__name__} as its {key!r}")
     return content
 
 
@@ -167,7 +200,8 @@ class Saved:
             InputError: architecture, world size or kind of device is another, or a flag that may not be.
         """
         before, now = self.content["config"], asdict(config)
-        for name in _FIXED:
+        fields = dataclasses.fields(config)
+        for name in [field.name for field in fields if field.metadata.get("fixed")]:
             self._same(f"--{name} {{}}", before.get(name), now[name])
         self._same("{} processes", len(self.content["loader"]), world.size)
         self._same("a {} as device", self.content["device"], world.device.type)
@@ -175,8 +209,9 @@ class Saved:
             if (before.get(name) == 0) != (now[name] == 0):
                 self._same(f"--{name} {{}}", before.get(name), now[name])
         for name in now:
-            if name not in (*_FIXED, *_FREE) and before.get(name) != now[name]:
-                world.print(f"--{name} was {before.get(name)} so far and is {now[name]} from here on")
+            if name not in ("resume", "ckpt_save_dir") and before.get(name) != now[name]:
+                nothing = ", which counts for nothing here" if name == "pretrained" else ""
+                world.print(f"--{name} was {before.get(name)} so far and is {now[name]} from here on{nothing}")
 
     def check_data(self, data: TrainingData) -> None:
         """Refuse other pictures or classes.
@@ -191,14 +226,28 @@ class Saved:
         self._same("{} classes", len(self.content["model"]["classifier.1.bias"]), data.num_classes)
         self._same("classes numbered {}", self.content["classes"], data.classes)
 
-    def restore(self, trainer: Trainer, world: World) -> Progress:
-        """Bring ``trainer`` and this process's random numbers back to where they were."""
-        trainer.load(self.content)
-        set_random_state(self.content["random"][world.rank], world)
-        progress = Progress(**self.content["progress"])
-        if not self.own:  # the best of another folder isn't in this one
-            progress.best_top1 = progress.best_epoch = None
+    def restore(self, trainer: Trainer, config: TrainConfig, data: TrainingData, world: World) -> Progress:
+        """Bring ``trainer`` and this process's random numbers back to where they were.
+
+        Raises:
+            InputError: the checkpoint holds something else than it should.
+        """
+        try:
+            trainer.load(self.content)
+            set_random_state(self.content["random"][world.rank], world)
+            progress = Progress(**self.content["progress"])
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+            cause = " ".join(str(error).split())[:200]
+            raise InputError(f"--resume: {self.path} is damaged ({type(error).__name__}: {cause})") from None
         world.print(f"goes on from {self.path}: {progress.epoch} epochs and {progress.step} steps are done")
+        same = (self.content["validation"], self.content["config"].get("preprocessing")) == (
+            data.validation_listing,
+            config.preprocessing,
+        )
+        if progress.best_top1 is not None and not (self.own and same):
+            # The best of another folder isn't in this one, and other pictures or crops can't be compared.
+            world.print("the best evaluation so far doesn't count from here on")
+            progress.best_top1 = progress.best_epoch = None
         return progress
 
     def _same(self, what: str, had: object, got: object) -> None:
@@ -219,7 +268,7 @@ def resume(config: TrainConfig, world: World) -> Saved | None:
         return None
     last = os.path.join(config.ckpt_save_dir, LAST)
     saved, path = None, last if config.resume == "auto" else config.resume
-    if world.rank == 0 and (config.resume != "auto" or os.path.exists(last)):
+    if world.rank == 0 and (config.resume != "auto" or os.path.lexists(last)):  # a dangling link is no fresh start
         saved = Saved(path, read(path), os.path.exists(last) and os.path.samefile(path, last))
     saved = world.share(saved)
     if saved is None:

@@ -61,7 +61,11 @@ def exit_status(script: str, action: Callable[[], None]) -> int:
 
 
 def option(default: Any, help: str, **settings: Any) -> Any:
-    """Field of a configuration: its default, its help text and ``choices``, ``parse`` or ``const`` for its flag."""
+    """Field of a configuration: its default, its help text and ``choices``, ``parse`` or ``const`` for its flag.
+
+    A ``fixed`` one can't change when training goes on from a checkpoint: it would be another network, other batches, or
+    a state that doesn't fit.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **settings})
 
 
@@ -83,22 +87,30 @@ def parse_pretrained(text: str) -> bool | str:
         return text
 
 
+def parse_resume(text: str) -> str | None:
+    """None for false, "auto" for true, else the text."""
+    try:
+        return "auto" if parse_bool(text) else None
+    except ValueError:
+        return text
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What training and evaluation share."""
 
     data_url: str = option(DEFAULT_DATA, "folder that holds train/ and val/, each with one folder of pictures a class")
-    arch: str = option("mobilenetv2", "network", choices=("mobilenetv2",))
-    alpha: float = option(1.0, "width multiplier; 1.4, 1.3, 1.0, 0.75, 0.5 and 0.35 are published")
-    resize: int = option(224, "side of the network's input in pixels")
+    arch: str = option("mobilenetv2", "network", choices=("mobilenetv2",), fixed=True)
+    alpha: float = option(1.0, "width multiplier; 1.4, 1.3, 1.0, 0.75, 0.5 and 0.35 are published", fixed=True)
+    resize: int = option(224, "side of the network's input in pixels", fixed=True)
     num_classes: int | None = option(None, "outputs of the network; None for what the weights or the data have")
     pretrained: bool | str = option(
         False, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
     )
     backend: str = option("auto", "how the blocks run", choices=("auto", "torch"))
-    padding: str = option("symmetric", "zeros at stride 2: torchvision's or TensorFlow's", choices=PADDINGS)
-    norm_eps: float = option(1e-5, "epsilon of every BatchNorm; 1e-3 for TensorFlow's weights")
-    batch_size: int = option(64, "pictures a process and forward pass")
+    padding: str = option("symmetric", "zeros at stride 2: torchvision's or TensorFlow's", choices=PADDINGS, fixed=True)
+    norm_eps: float = option(1e-5, "epsilon of every BatchNorm; 1e-3 for TensorFlow's weights", fixed=True)
+    batch_size: int = option(64, "pictures a process and forward pass", fixed=True)
     num_parallel_workers: int = option(8, "decoding threads a process, at most one a core")
     class_index: str = option(
         "auto", "a class's number: auto, folders (sorted), imagenet, or a FILE of one class a line", metavar="RULE"
@@ -113,15 +125,18 @@ class RunConfig:
         None, "file of names and classes for a flat val/ (Kaggle's LOC_val_solution.csv too)", metavar="FILE"
     )
     bad_files: str = option("error", "stop at a damaged file, or leave it out", choices=("error", "skip"))
-    synthetic: int = option(0, "this many made-up pictures instead of --data_url", const=SYNTHETIC_PICTURES)
+    synthetic: int = option(0, "this many made-up pictures instead of --data_url", const=SYNTHETIC_PICTURES, fixed=True)
     smooth_factor: float = option(0.1, "label smoothing of the loss, 0 for none")
     precision: str = option(
-        "fp32", "of the network's arithmetic; fp16 and bf16 through torch.autocast", choices=("fp32", "fp16", "bf16")
+        "fp32",
+        "of the network's arithmetic; fp16 and bf16 through torch.autocast",
+        choices=("fp32", "fp16", "bf16"),
+        fixed=True,
     )
     device: str = option("auto", "where the network runs", choices=("auto", "cuda", "cpu"))
     run_distribute: bool = option(True, "False refuses a launcher that has started several processes")
     deterministic: bool = option(False, "algorithms that give the same bits each time, also on a GPU, where slower")
-    seed: int = option(0, "seed of weights, order and augmentation")
+    seed: int = option(0, "seed of weights, order and augmentation", fixed=True)
 
     def __post_init__(self) -> None:
         """Check every value that doesn't need the data to be looked at."""
@@ -155,8 +170,8 @@ class TrainConfig(RunConfig):
     """A training run; the defaults are the reference's recipe."""
 
     epoch_size: int = option(200, "epochs")
-    repeat_num: int = option(1, "times that an epoch goes through the pictures")
-    grad_accum_steps: int = option(1, "batches whose gradients are averaged for one step of the optimizer")
+    repeat_num: int = option(1, "times that an epoch goes through the pictures", fixed=True)
+    grad_accum_steps: int = option(1, "batches whose gradients are averaged for one step of the optimizer", fixed=True)
     lr_decay_mode: str = option(
         "cosine_decay_lr", "course of the learning rate", choices=("cosine_decay_lr", "piecewise_constant_lr")
     )
@@ -168,15 +183,18 @@ class TrainConfig(RunConfig):
         (), "piecewise constant rates, one before each milestone and perhaps one after the last", metavar="RATE"
     )
     warmup_epochs: int = option(0, "epochs of linear rise at the start")
-    optimizer: str = option("sgd", "SGD or RMSprop", choices=("sgd", "rmsprop"))
+    optimizer: str = option("sgd", "SGD or RMSprop", choices=("sgd", "rmsprop"), fixed=True)
     momentum: float = option(0.9, "momentum of the optimizer")
     nesterov: bool = option(False, "Nesterov's momentum in SGD")
     weight_decay: float = option(0.0, "of convolutions and classifier, not of BatchNorm and biases")
     clip_grad_norm: float = option(0.0, "largest norm of all gradients together, 0 for no limit")
     ema_decay: float = option(0.0, "share that stays in the average of the weights at each step, 0 for no average")
-    sync_bn: bool = option(False, "BatchNorm's statistics over all processes (GPUs)")
+    sync_bn: bool = option(False, "BatchNorm's statistics over all processes (GPUs)", fixed=True)
     freeze: str = option(
-        "none", "what isn't trained: none, or features to train the classifier alone", choices=("none", "features")
+        "none",
+        "what isn't trained: none, or features to train the classifier alone",
+        choices=("none", "features"),
+        fixed=True,
     )
     dropout: float = option(0.2, "probability of dropping a pooled feature")
     crop_scale: tuple[float, float] = option((0.08, 1.0), "share of a picture's area that a random crop covers")
@@ -188,10 +206,11 @@ class TrainConfig(RunConfig):
     resume: str | None = option(
         None,
         "go on from last.pt in ckpt_save_dir where there is one (auto), or from a FILE",
+        parse=parse_resume,
         const="auto",
         metavar="auto|FILE",
     )
-    eval_every: int = option(1, "epochs between evaluations on val/, 0 for none")
+    eval_every: int = option(1, "epochs between evaluations on val/, the last one evaluated too; 0 for none")
     log_every: int = option(100, "steps between lines of log.jsonl")
     tensorboard: bool = option(False, "write TensorBoard's files too (extra: tensorboard)")
 
@@ -302,6 +321,7 @@ def parse(config: type[ConfigT], argv: Sequence[str] | None, description: str) -
 def _argument(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     settings = dict(field.metadata)
     parse_value = settings.pop("parse", None)
+    settings.pop("fixed", None)
     if isinstance(kind, UnionType):
         kind = next(member for member in typing.get_args(kind) if member is not type(None))
     if typing.get_origin(kind) is tuple:

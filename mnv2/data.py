@@ -339,11 +339,13 @@ def steps_per_epoch(pictures: int, batch_size: int, processes: int, accumulate: 
     """
     steps = pictures // (batch_size * accumulate * processes)
     if steps == 0:
-        most, wish = pictures // (processes * accumulate), f"got {batch_size}: an epoch would have no step"
+        most = pictures // (processes * accumulate)
+        fewer = f" with --grad_accum_steps {accumulate}" if accumulate > 1 else ""
         if most == 0:
-            wish = f"or fewer --grad_accum_steps than {accumulate}: an epoch would have no step"
+            fewer += ", and fewer of these"
         raise InputError(
-            f"--batch_size: expected at most {max(most, 1)} for {pictures} pictures and {processes} processes, {wish}"
+            f"--batch_size: expected at most {max(most, 1)} for {pictures} pictures and {processes} "
+            f"process{'es' * (processes > 1)}{fewer}, got {batch_size}: an epoch would have no step"
         )
     return steps
 

@@ -19,6 +19,10 @@ from .distributed import World
 from .trainer import Trainer
 
 
+class NotFiniteError(RunError):
+    """The network gives NaN where an evaluation wanted numbers; all processes agree on it."""
+
+
 @dataclass
 class Progress:
     """Where a run stands: ``step`` steps of ``epoch`` (from 0) are done, in ``seconds``.
@@ -109,7 +113,8 @@ def evaluate(
     the same to the last digit for any number of processes.
 
     Raises:
-        RunError: a picture wasn't seen exactly once, or the network gives NaN.
+        RunError: a picture wasn't seen exactly once.
+        NotFiniteError: the network gives NaN.
     """
     model.eval()
     start = time.perf_counter()
@@ -133,7 +138,7 @@ def evaluate(
         )
     undefined = int(losses.isnan().sum())
     if undefined:
-        raise RunError(f"no accuracy: the network gives NaN for {undefined} of {pictures} pictures")
+        raise NotFiniteError(f"no accuracy: the network gives NaN for {undefined} of {pictures} pictures")
     seconds = time.perf_counter() - start
     return Evaluation(
         pictures=pictures,

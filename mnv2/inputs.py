@@ -38,6 +38,11 @@ class TrainingData:
         """What tells these pictures from others (see ``Pictures.listing``)."""
         return self.pictures.listing() if self.pictures else {"pictures": 0, "sha256": ""}
 
+    @cached_property
+    def validation_listing(self) -> dict[str, Any] | None:
+        """The same of the pictures that are evaluated."""
+        return self.validation.listing() if self.validation else None
+
 
 def find_training_data(config: TrainConfig, world: World, start: Weights | None) -> TrainingData:
     """List and check the pictures of train/ and, where it is there and evaluation asked for, of val/.

@@ -75,8 +75,8 @@ class RunLog:
 
     The first object holds the configuration and the versions; ``event`` tells what each further one is: the "steps" of
     an interval, an "epoch", an "evaluation". Names end in their unit. A run into the same folder goes on below, and one
-    that goes on from a checkpoint begins with the event "resume": what lies between its ``epoch`` and ``step`` and that
-    line was lost and is done again. One process writes; close it, or use ``with``.
+    that goes on from a checkpoint begins with the event "resume": what the log holds beyond its ``epoch`` and ``step``
+    is done again, so that of two lines of one moment the last counts. One process writes; close it, or use ``with``.
 
     Raises:
         InputError: TensorBoard is asked for and not installed.
@@ -92,8 +92,12 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise InputError(f"--tensorboard: {error}; pip install 'mnv2[tensorboard]'") from None
-            self._board = SummaryWriter(os.path.join(config.ckpt_save_dir, "tensorboard"))
-        self._file = open(os.path.join(config.ckpt_save_dir, "log.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
+            self._board = SummaryWriter(os.path.join(config.ckpt_save_dir, "tensorboard"), purge_step=progress.epoch)
+        path = os.path.join(config.ckpt_save_dir, "log.jsonl")
+        torn = _is_torn(path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        if torn:
+            self._file.write("\n")
         resumed = progress.epoch > 0 or progress.step > 0
         self._write(
             "resume" if resumed else "start",
@@ -162,6 +166,15 @@ class RunLog:
         json.dump(line, self._file, allow_nan=False)
         self._file.write("\n")
         self._file.flush()
+
+
+def _is_torn(path: str) -> bool:
+    """Whether a killed process has left half a line."""
+    if not os.path.exists(path) or os.path.getsize(path) == 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -12,10 +12,10 @@ from itertools import chain, islice
 from torch import nn
 
 from . import checkpoint
-from .config import RunError, Stopped, TrainConfig
+from .config import Stopped, TrainConfig
 from .data import Batch, Loader, SyntheticLoader
 from .distributed import StopSignals, World
-from .engine import Progress, evaluate, settle, train_steps
+from .engine import NotFiniteError, Progress, evaluate, settle, train_steps
 from .inputs import TrainingData
 from .logs import RunLog, epoch_lines, evaluation_line, with_progress
 from .precision import autocast
@@ -51,11 +51,14 @@ class Session:
         rate = self.trainer.start_epoch(progress.epoch)
         self._train(rate)
         seconds = time.perf_counter() - began
-        self.save()  # evaluation may take longer than a signal leaves time for
+        ended = progress.epoch + 1
+        due = config.eval_every and (ended % config.eval_every == 0 or ended == config.epoch_size)
+        evaluated = self.validation if due else None
+        if evaluated is not None:
+            self.save()  # evaluation may take longer than a signal leaves time for
         self.world.print(epoch_lines(progress, config.epoch_size, rate, seconds))
         self.log.epoch(progress, rate, seconds, self._pictures(self.steps))
-        due = config.eval_every and (progress.epoch + 1) % config.eval_every == 0
-        best = self._evaluate(self.validation) if self.validation is not None and due else False
+        best = self._evaluate(evaluated) if evaluated is not None else False
         progress.next_epoch()
         self.save(ended=True, best=best)
         if progress.epoch < config.epoch_size:
@@ -90,7 +93,7 @@ class Session:
             try:
                 with autocast(self.config.precision, self.world.device):
                     result = evaluate(network, batches, validation.pictures, self.world, self.config.smooth_factor)
-            except RunError as error:  # training may recover from what gives NaN at its start
+            except NotFiniteError as error:  # training may recover from what gives NaN at its start
                 self.world.print(f"Evaluation:[{self.progress.epoch}/{self.config.epoch_size}], {name}: {error}")
                 share = None
                 continue
@@ -129,6 +132,7 @@ class Session:
                 "config": asdict(self.config),
                 "classes": self.data.classes,
                 "listing": self.data.listing,
+                "validation": self.data.validation_listing,
                 "device": self.world.device.type,
             }
             epoch = self.progress.epoch if ended else 0

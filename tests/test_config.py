@@ -146,7 +146,9 @@ def test_the_references_flags_are_known():
     assert (config.num_classes, config.run_distribute) == (1001, False)
 
 
-@pytest.mark.parametrize(("words", "resume"), [("", None), ("--resume", "auto"), ("--resume last.pt", "last.pt")])
+@pytest.mark.parametrize(
+    ("words", "resume"), [("", None), ("--resume", "auto"), ("--resume last.pt", "last.pt"), ("--resume no", None)]
+)
 def test_resume_is_auto_or_a_file(words, resume):
     assert train(*words.split()).resume == resume
 

@@ -22,8 +22,9 @@ from samples import write_photos
 import train
 import validate
 from mnv2 import MobileNetV2, checkpoint, session
-from mnv2.config import RunError, Stopped, TrainConfig
+from mnv2.config import InputError, RunError, Stopped, TrainConfig
 from mnv2.distributed import StopSignals, World
+from mnv2.engine import NotFiniteError
 
 SMALL = ["--alpha", "0.35", "--resize", "32", "--batch_size", "4", "--num_parallel_workers", "1"]
 
@@ -175,7 +176,7 @@ def folder(trained, tmp_path) -> Path:
 def test_a_finished_run_is_left_as_it_is(trained, folder, capsys):
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
     assert train.main([*trained[1], "--ckpt_save_dir", str(folder), "--resume", "auto"]) == 0
-    assert "last.pt has done all 1 epochs: nothing is left to do" in capsys.readouterr().out
+    assert "last.pt has done 1 epochs of 1: nothing is left to do" in capsys.readouterr().out
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()} == before
 
 
@@ -194,10 +195,10 @@ def test_another_run_in_the_folder_is_put_aside_and_not_mixed_up(trained, folder
     words = [*trained[1], "--ckpt_save_dir", str(folder), "--resume"]
     assert train.main([*words, "auto", "--epoch_size", "3"]) == 0
     assert train.main([*words, str(folder / "epoch_0001.pt"), "--epoch_size", "2", "--max_lr", "0.01"]) == 0
-    names = ["best.pt", "epoch_0002.pt", "last.pt"]
+    names = ["best.pt", "epoch_0001.pt", "epoch_0002.pt", "last.pt"]
     assert sorted(path.name for path in folder.glob("*.pt")) == names
     (earlier,) = folder.glob("earlier-*")
-    assert sorted(path.name for path in earlier.glob("epoch_*")) == [f"epoch_000{i}.pt" for i in (1, 2, 3)]
+    assert sorted(path.name for path in earlier.glob("epoch_*")) == ["epoch_0002.pt", "epoch_0003.pt"]
     assert torch.load(folder / "best.pt", weights_only=True)["progress"]["best_epoch"] == 2
 
 
@@ -219,7 +220,7 @@ def test_an_evaluation_that_fails_does_not_end_training(trained, tmp_path, monke
     def evaluate(*arguments, calls=[]):  # noqa: B006  # counts across calls
         calls.append(1)
         if len(calls) == 1:
-            raise RunError("no accuracy: the network gives NaN for 3 of 11 pictures")
+            raise NotFiniteError("no accuracy: the network gives NaN for 3 of 11 pictures")
         return real(*arguments)
 
     monkeypatch.setattr(session, "evaluate", evaluate)
@@ -255,20 +256,7 @@ def test_a_new_run_puts_an_earlier_one_aside(trained, folder, capsys):
 def test_a_checkpoint_is_plain_and_its_weights_are_torchvisions(trained, capsys):
     path = trained[0] / "best.pt"
     found = torch.load(path, weights_only=True)
-    names = [
-        "classes",
-        "config",
-        "device",
-        "ema",
-        "listing",
-        "loader",
-        "model",
-        "optimizer",
-        "progress",
-        "random",
-        "scaler",
-    ]
-    assert sorted(found) == names
+    assert sorted(found) == sorted(checkpoint._KEYS)
     assert TrainConfig(**found["config"]).alpha == 0.35
     assert found["progress"]["best_epoch"] == 1
     MobileNetV2(0.35, 3).load_state_dict(found["model"])
@@ -305,6 +293,10 @@ REFUSED = {
     "empty": (lambda path: path.write_bytes(b""), "", "last.pt is truncated, damaged or no checkpoint"),
     "weights": (lambda path: save_file({"a": torch.ones(1)}, path), "", "last.pt is truncated, damaged or"),
     "no-optimizer": (edited("optimizer", None), "", "last.pt is no checkpoint of training, since it lacks 'optimizer'"),
+    "no-list": (edited("loader", 3), "", "last.pt is damaged: expected a list as its 'loader'"),
+    "no-state": (edited("random", [{}]), "", r"last.pt is damaged \(KeyError: 'cpu'\)"),
+    "other-names": (edited("optimizer", {}), "", r"last.pt is damaged \(KeyError: 'state'\)"),
+    "dangling": (lambda path: (path.unlink(), path.symlink_to("nowhere")), "", "can't read .*last.pt: No such file"),
     "alpha": (None, "--alpha 0.5", "last.pt is of training with --alpha 0.35, got --alpha 0.5"),
     "batch": (None, "--batch_size 5", "last.pt is of training with --batch_size 4, got --batch_size 5"),
     "classes": (None, "--num_classes 7", "last.pt is of training with 3 classes, got 7 classes"),
@@ -331,11 +323,12 @@ def test_another_training_is_refused(trained, folder, capsys, edit, words, messa
     path.write_bytes(path.read_bytes())  # not the same file as best.pt
     if edit is not None:
         edit(path)
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.exists() and path.suffix == ".pt"}
     argv = [*trained[1], "--ckpt_save_dir", str(folder), "--epoch_size", "2", "--resume", "auto"]
     assert train.main([*argv, *words.format(folder=folder).split()]) == 1
     assert re.match(f"train.py: --resume: .*{message}", capsys.readouterr().err.splitlines()[-1])
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    after = {path: path.read_bytes() for path in folder.iterdir() if path.exists() and path.suffix == ".pt"}
+    assert after == before
 
 
 def test_another_world_size_is_refused(trained, folder):
@@ -384,8 +377,47 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, step):
 def test_what_a_killed_process_has_half_written_is_removed(tmp_path):
     (tmp_path / ".writing-abc").write_bytes(b"half")
     (tmp_path / "mine.pt").write_bytes(b"whole")
-    checkpoint.make_folder(str(tmp_path))
-    assert os.listdir(tmp_path) == ["mine.pt"]
+    with checkpoint.open_folder(TrainConfig(ckpt_save_dir=str(tmp_path))):
+        assert os.listdir(tmp_path) == ["mine.pt"]
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    config = TrainConfig(ckpt_save_dir=str(tmp_path))
+    with checkpoint.open_folder(config):
+        (tmp_path / ".writing-last.pt").write_bytes(b"the other's")
+        with pytest.raises(InputError, match="--ckpt_save_dir: another run is writing to "):
+            with checkpoint.open_folder(config):
+                pass
+        assert os.listdir(tmp_path) == [".writing-last.pt"]
+    with checkpoint.open_folder(config):
+        pass
+
+
+def test_checkpoints_do_not_lie_among_the_pictures(trained, photos, capsys):
+    assert train.main([*trained[1], "--ckpt_save_dir", str(photos / "train" / "runs")]) == 1
+    assert "--ckpt_save_dir: expected a folder outside the pictures in " in capsys.readouterr().err
+    assert not (photos / "train" / "runs").exists()
+
+
+def test_a_torn_line_of_the_log_stays_alone(trained, folder):
+    with open(folder / "log.jsonl", "a") as log:
+        log.write('{"event": "st')
+    assert train.main([*trained[1], "--ckpt_save_dir", str(folder), "--epoch_size", "2", "--resume"]) == 0
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    torn = lines.index('{"event": "st')
+    assert json.loads(lines[torn + 1])["event"] == "resume"
+
+
+def test_other_evaluations_are_not_compared_with_the_best_so_far(trained, folder, capsys):
+    words = [*trained[1], "--ckpt_save_dir", str(folder), "--epoch_size", "2", "--resume"]
+    assert train.main([*words, "--preprocessing", "tf"]) == 0
+    assert "the best evaluation so far doesn't count from here on" in capsys.readouterr().out
+    assert torch.load(folder / "best.pt", weights_only=True)["progress"]["best_epoch"] == 2
+
+
+def test_the_last_epoch_is_always_evaluated(trained, tmp_path, capsys):
+    assert train.main([*trained[1], "--ckpt_save_dir", str(tmp_path), "--epoch_size", "3", "--eval_every", "2"]) == 0
+    assert re.findall(r"Evaluation:\[(\d)/3\]", capsys.readouterr().out) == ["1", "2"]
 
 
 def test_only_the_last_epochs_are_kept(tmp_path):

@@ -191,7 +191,7 @@ def test_synthetic_pictures_need_no_data(tmp_path, capsys, monkeypatch):
         (
             "train.py",
             "--synthetic 64 --grad_accum_steps 65",
-            "--batch_size: expected at most 1 for 64 .* fewer",
+            "--batch_size: expected at most 1 for 64 .* --grad_accum_steps 65, and fewer",
         ),
         ("train.py", "--synthetic --ckpt_save_dir /dev/null/x", "--ckpt_save_dir: can't write to /dev/null/x: Not a"),
         ("train.py", "--data_url {photos} --device cuda", "--device: expected a CUDA GPU"),
