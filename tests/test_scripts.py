@@ -282,7 +282,8 @@ def test_training_is_what_its_flags_say(photos, tmp_path, monkeypatch):
 
 
 AVERAGED = """
-import torch, train
+import copy, torch, train
+from mnv2.data import Batch
 from mnv2.config import TrainConfig
 from mnv2.distributed import world
 from mnv2.inputs import TrainingData
@@ -304,6 +305,15 @@ with world("cpu") as here:
     both = here.gather(gradient())
     weights = here.gather(torch.cat([p.detach().flatten() for p in model.parameters()]))
     mean = (own[0] + own[1]) / 2
+    def statistics(network):
+        return torch.cat([b.flatten() for b in network.buffers() if b.is_floating_point()])
+    alone = copy.deepcopy(trainer.network)
+    alone(x)
+    apart = here.gather(statistics(alone))
+    trainer.step(iter([Batch(x, torch.tensor([0, 1, 2, 0]), torch.arange(4))]))
+    shared = here.gather(statistics(trainer.network))
+    assert torch.equal(shared[0], shared[1]) and not torch.allclose(apart[0], apart[1])
+    torch.testing.assert_close(shared[0], (apart[0] + apart[1]) / 2)
     here.print(
         torch.equal(weights[0], weights[1]), torch.equal(both[0], both[1]), not torch.allclose(own[0], own[1]),
         bool((both[0] - mean).norm() < 1e-5 * mean.norm()),
