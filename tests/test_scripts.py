@@ -496,7 +496,7 @@ def test_steps_are_logged_by_interval(photos, tmp_path):
 def test_torchrun_starts_a_killed_process_again_and_training_goes_on(photos, tmp_path):
     """The second attempt meets at the same store, in which the first has left its words."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [*SMALL, "--data_url", photos, "--batch_size", 4, "--epoch_size", 12, "--save_every", 1, "--log_every", 1]
+    words = [*SMALL, "--data_url", photos, "--batch_size", 4, "--epoch_size", 25, "--save_every", 1, "--log_every", 1]
     words += ["--ckpt_save_dir", tmp_path, "--resume", "auto"]
     command = [*torchrun, "--max-restarts", "1", str(ROOT / "train.py"), *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -510,7 +510,7 @@ def test_torchrun_starts_a_killed_process_again_and_training_goes_on(photos, tmp
     (done,) = finish([agent])
     assert done.returncode == 0, done.stderr
     assert re.search(r"goes on from .*last.pt: \d+ epochs and \d+ steps are done", done.stdout)
-    assert "Epoch:[11/12]" in done.stdout
+    assert "Epoch:[24/25]" in done.stdout
 
 
 @pytest.mark.gpu
