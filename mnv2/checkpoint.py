@@ -285,7 +285,7 @@ def random_state(world: World) -> dict[str, Any]:
 def set_random_state(state: Mapping[str, Any], world: World) -> None:
     """Go on with the random numbers of ``state``."""
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and world.device.type == "cuda":
+    if state["cuda"] is not None:  # then this device is one too (see ``Saved.check_run``)
         torch.cuda.set_rng_state(state["cuda"], world.device)
 
 

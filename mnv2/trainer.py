@@ -32,20 +32,17 @@ class AveragedWeights:
     def __init__(self, network: nn.Module, decay: float):
         self.network = deepcopy(network).requires_grad_(False).eval()
         self.decay = decay
+        # Found once: both networks keep their tensors, and a walk through the modules takes longer than the average.
+        pairs = list(zip(self.network.state_dict().values(), network.state_dict().values(), strict=True))
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
-    @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Take the weights of ``network`` in."""
-        pairs = list(zip(_tensors(self.network), _tensors(network), strict=True))
-        floats = [(average, current) for average, current in pairs if average.is_floating_point()]
-        torch._foreach_lerp_([average for average, _ in floats], [current for _, current in floats], 1 - self.decay)
-        for average, current in pairs:
-            if not average.is_floating_point():
-                average.copy_(current)
-
-
-def _tensors(network: nn.Module) -> list[Tensor]:
-    return [*(parameter.detach() for parameter in network.parameters()), *network.buffers()]
+    def update(self) -> None:
+        """Take the weights of the network in, as they are now."""
+        averages, weights = zip(*self._floats, strict=True)
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        for average, counter in self._counters:
+            average.copy_(counter)
 
 
 class Trainer:
@@ -108,7 +105,7 @@ class Trainer:
         self.scaler.update()
         self._world.average_(self._statistics)
         if self.ema is not None:
-            self.ema.update(self.network)
+            self.ema.update()
         return torch.stack(losses).mean()
 
     def _reducing(self, last: bool) -> AbstractContextManager[Any]:
