@@ -28,17 +28,16 @@ def run(script: str | Path, *words: object, processes: int = 0, **more: str) -> 
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(**more))
 
 
+def popen(command: list[str], **more: str) -> subprocess.Popen[str]:
+    """Start ``command`` with ``more`` in its environment."""
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**more))
+
+
 def start(script: str | Path, *words: object, processes: int = 1, **more: str) -> list[subprocess.Popen[str]]:
     """Start ``processes`` that find each other by torchrun's variables, each with a handle of its own."""
-    command, port = [sys.executable, str(ROOT / script), *map(str, words)], str(free_port())
-    started = []
-    for rank in range(processes):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        settings = environment(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **more)
-        started.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings)
-        )
-    return started
+    command = [sys.executable, str(ROOT / script), *map(str, words)]
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **more}
+    return [popen(command, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(processes)]
 
 
 def finish(started: list[subprocess.Popen[str]], timeout: float = 120) -> list[subprocess.CompletedProcess[str]]:

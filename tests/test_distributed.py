@@ -6,12 +6,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from processes import ROOT, environment, finish, free_port, run, start
+from processes import ROOT, finish, free_port, popen, run, start
 
 from mnv2.distributed import StopSignals, World
 
@@ -159,8 +158,7 @@ def test_two_agents_on_the_loopback_address(photos, tmp_path, expected):
         place += ["--master_addr", "127.0.0.1", "--master_port", port]
         command = [sys.executable, "-m", "torch.distributed.run", *place, str(ROOT / "train.py"), *TRAIN]
         command += ["--data_url", str(photos), "--ckpt_save_dir", str(tmp_path)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        agents.append(subprocess.Popen(command, env=environment(), **pipes))
+        agents.append(popen(command))
     first, second = finish(agents)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert losses(first.stdout) == expected[2]
@@ -180,11 +178,7 @@ def test_a_launchers_variables_alone(photos, tmp_path, expected, names):
     command = [sys.executable, str(ROOT / "train.py"), *TRAIN, "--data_url", str(photos)]
     command += ["--ckpt_save_dir", str(tmp_path)]
     place = {"MASTER_PORT": str(free_port()), size: "2"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [
-        subprocess.Popen(command, env=environment(**place, **{rank: str(i), local_rank: str(i)}), **pipes)
-        for i in range(2)
-    ]
+    started = [popen(command, **place, **{rank: str(i), local_rank: str(i)}) for i in range(2)]
     first, second = finish(started)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert losses(first.stdout) == expected[2]
@@ -198,13 +192,11 @@ def test_mpirun(photos, tmp_path, expected, processes):
         pytest.skip("no mpirun is installed")
     command = [mpirun, "-n", str(processes), sys.executable, str(ROOT / "train.py"), *TRAIN]
     command += ["--data_url", str(photos), "--ckpt_save_dir", str(tmp_path)]
-    settings = environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=settings)
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    (done,) = finish([popen(command, **as_root)])
     assert done.returncode == 0, done.stderr
     assert losses(done.stdout) == expected[processes]
-    refused = subprocess.run(
-        [*command, "--run_distribute", "False"], capture_output=True, text=True, timeout=120, env=settings
-    )
+    (refused,) = finish([popen([*command, "--run_distribute", "False"], **as_root)])
     assert (refused.returncode == 0) == (processes == 1)
     if processes == 2:
         assert "--run_distribute: expected True, since " in refused.stderr

@@ -10,14 +10,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, environment, finish, run
+from processes import ROOT, finish, popen, run
 from samples import photo, save_weights, settled, write_photos
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -499,8 +498,7 @@ def test_torchrun_starts_a_killed_process_again_and_training_goes_on(photos, tmp
     words = [*SMALL, "--data_url", photos, "--batch_size", 4, "--epoch_size", 25, "--save_every", 1, "--log_every", 1]
     words += ["--ckpt_save_dir", tmp_path, "--resume", "auto"]
     command = [*torchrun, "--max-restarts", "1", str(ROOT / "train.py"), *map(str, words)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    agent = subprocess.Popen(command, env=environment(), **pipes)
+    agent = popen(command)
     log = tmp_path / "log.jsonl"
     while not (log.exists() and log.read_text().count('"steps"') > 3):
         assert agent.poll() is None

@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from samples import settled
 from torch import nn
 
 from mnv2 import MobileNetV2
@@ -70,31 +71,18 @@ def test_steps_are_sgd_on_smoothed_cross_entropy():
 def test_four_batches_of_16_are_one_of_64():
     """Of the same pictures, where BatchNorm's statistics don't depend on the batch."""
 
-    def frozen():
-        model = network().double()
-        model.train = lambda mode=True: model  # eval mode through and through, all parameters trained
-        for part in (model.features, model.classifier):
-            part.train = lambda mode=True: model
-        return model.requires_grad_(True)
-
-    def settled_network():
-        model = network().double()
-        for norm in [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]:
-            norm.momentum = None
-        model(next(batches(1, 64)).images.double())
-        state = model.state_dict()
-        model = frozen()
-        model.load_state_dict(state)
-        for module in model.modules():
-            module.training = False
+    def still():
+        model = settled(network()).double()
+        for part in (model, model.features, model.classifier):
+            part.train = lambda mode=True, part=part: part  # all of it is trained, in eval mode
         return model
 
     whole = next(batches(1, 64))
     whole = Batch(whole.images.double(), whole.labels, whole.numbers)
     parts = [Batch(*(tensor[start : start + 16] for tensor in whole)) for start in range(0, 64, 16)]
-    before = settled_network().state_dict()
-    large, large_progress = trained([whole], 1, settled_network(), max_lr=0.1, batch_size=64)
-    small, small_progress = trained(parts, 1, settled_network(), max_lr=0.1, batch_size=16, grad_accum_steps=4)
+    before = still().state_dict()
+    large, large_progress = trained([whole], 1, still(), max_lr=0.1, batch_size=64)
+    small, small_progress = trained(parts, 1, still(), max_lr=0.1, batch_size=16, grad_accum_steps=4)
     assert small_progress.losses == pytest.approx(large_progress.losses, rel=1e-6)
     for name, parameter in large.network.named_parameters():
         step = parameter - before[name]
