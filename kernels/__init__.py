@@ -5,8 +5,9 @@ The operations are functions of tensors in torch's shapes with NHWC memory; ``re
 
 from . import reference
 from .common import BatchNorm
+from .depthwise import depthwise_conv2d
 
-__all__ = ["BatchNorm", "reference"]
+__all__ = ["BatchNorm", "depthwise_conv2d", "reference"]
 
 # Another distribution installs a package named `kernels` too; mnv2 checks for this name before it uses ours.
 DISTRIBUTION = "mnv2"

@@ -1,21 +1,31 @@
-"""Legend of names, shared types and input checks.
+"""Legend of names, shared types, input checks, and how a kernel is launched.
 
 ====================  ==================================================================================
 N, H, W, C            batch, height, width, channels; activations are NHWC, which torch calls channels_last
 c_in, c_mid, c_out    the three widths of an inverted residual: input, expanded, output
 X, E, A, D, B, P, Y   its tensors: input, expanded, relu6(norm(E)), depthwise output, relu6(norm(D)),
                       projected, output (see README.md for the formulas)
+x_ptr, offs_c         pointer to the first element of X; offsets along C
+BLOCK_C, COLUMNS      sizes in capitals are chosen, not given; constexpr where the compiler must know them
 ====================  ==================================================================================
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 PADDINGS = ("symmetric", "same")
+BACKENDS = ("auto", "triton", "torch")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CAPABILITY = (8, 0)  # the oldest GPUs that the kernels are compiled and checked for
 
 
 class BatchNorm(NamedTuple):
@@ -40,20 +50,131 @@ class BatchNorm(NamedTuple):
     eps: float = 1e-5
 
 
+class Launch(NamedTuple):
+    """One launch of a kernel: what a launcher decides, apart from running it.
+
+    ``run`` runs it; the ahead-of-time report compiles the same thing for GPUs that are not there, from tensors on the
+    meta device. ``arguments`` are the kernel's by name, compile-time ones included.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    num_warps: int
+    num_stages: int = 1
+    spill_bytes: int = 0  # what the tile's row declares, a thread
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one launch: ``read`` and ``written`` count each address once (what device memory must move if caches
+    are perfect within the launch), ``loaded`` and ``stored`` each request of each program (what L1 and L2 see).
+    """
+
+    read: int
+    written: int
+    loaded: int
+    stored: int
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def touched(self) -> int:
+        """Bytes read plus bytes written."""
+        return self.read + self.written
+
+
+def run(launch: Launch, device: torch.device) -> None:
+    """Launch on ``device``, whichever is current (Triton launches on the current one). An empty grid does nothing."""
+    if 0 in launch.grid:
+        return
+    with torch.cuda.device(device.index if device.type == "cuda" else -1):  # -1 changes nothing
+        launch.kernel[launch.grid](**launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages)
+
+
+def allocate(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised tensor of ``shape`` on ``like``'s device, channels_last where it has four dimensions.
+
+    Every output and scratch buffer of the kernels is made here.
+    """
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of ``device``; those of an H100 where it is no GPU, for reports made without one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Whether TRITON_INTERPRET=1 was set when ``kernel`` was defined."""
+    return not isinstance(kernel, JITFunction)
+
+
+@functools.cache
+def unsupported_device(device: torch.device, kernel: Any) -> str | None:
+    """Why ``kernel`` can't run on tensors of ``device``, or None."""
+    if is_interpreted(kernel):
+        return None
+    if device.type != "cuda":
+        return f"expected a CUDA tensor (or TRITON_INTERPRET=1 for CPU tensors), got one on {device}"
+    if torch.version.hip is not None:
+        return f"expected an NVIDIA GPU, got {torch.cuda.get_device_name(device)}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        wanted, got = (".".join(map(str, pair)) for pair in (CAPABILITY, capability))
+        return (
+            f"expected a GPU of compute capability {wanted} or newer, got {got} ({torch.cuda.get_device_name(device)})"
+        )
+    return None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that autocast wants for an operation on ``x``, or None outside autocast (fp64 is left alone)."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
 def check_padding(padding: str) -> None:
     """Raise ValueError unless ``padding`` is one of ``PADDINGS``."""
-    if padding not in PADDINGS:
-        raise ValueError(f"padding: expected one of {PADDINGS}, got {padding!r}")
+    check_choice("padding", padding, PADDINGS)
 
 
-def check_nhwc(name: str, x: Tensor) -> None:
-    """Raise unless ``x`` is a floating-point ``[N, C, H, W]`` tensor whose memory is NHWC (``channels_last``)."""
+def check_image(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` is a floating-point ``[N, C, H, W]`` tensor."""
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
     if x.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"{name}: expected channels_last memory (NHWC), got strides {x.stride()} for shape {tuple(x.shape)}; "
-            "convert once with x.contiguous(memory_format=torch.channels_last)"
-        )
+
+
+def not_nhwc(x: Tensor) -> str | None:
+    """What is wrong with the layout of ``x [N, C, H, W]`` if its memory is not NHWC (``channels_last``)."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return (
+        f"expected channels_last memory (NHWC), got strides {x.stride()} for shape {tuple(x.shape)}; "
+        "convert once with x.contiguous(memory_format=torch.channels_last)"
+    )
+
+
+def check_nhwc(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` is a floating-point ``[N, C, H, W]`` tensor whose memory is NHWC (``channels_last``)."""
+    check_image(name, x)
+    if problem := not_nhwc(x):
+        raise ValueError(f"{name}: {problem}")
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return triton.cdiv(a, b)

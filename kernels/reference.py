@@ -36,6 +36,11 @@ def conv2d(
     return F.conv2d(x, weight, bias, stride, 0, 1, groups)
 
 
+def depthwise_conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: str = "symmetric") -> Tensor:
+    """Depthwise convolution of ``x [N, C, H, W]`` with ``weight [C, 1, K, K]``; padding as in ``conv2d``."""
+    return conv2d(x, weight, stride=stride, groups=x.shape[1], padding=padding)
+
+
 def batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
     """BatchNorm of ``x [N, C, H, W]`` over N, H and W; updates the running statistics where ``norm`` says so."""
     momentum = norm.momentum

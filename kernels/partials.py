@@ -1,0 +1,50 @@
+"""Sums of per-program partials in a fixed order, in place of floating-point atomics: two runs give the same bits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+from .common import Launch, Traffic
+
+
+@triton.jit(do_not_specialize=["P", "R", "C"])
+def _sum_partials_kernel(partials_ptr, out_ptr, P, R, C, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    # A program owns BLOCK_N of the R x C sums and walks over the partials, which it adds in fp64.
+    offs_p = tl.arange(0, BLOCK_P)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < R * C
+    total = tl.zeros([BLOCK_P, BLOCK_N], tl.float64)
+    for p in range(0, P, BLOCK_P):
+        offs = (p + offs_p).to(tl.int64)[:, None] * R * C + offs_n[None, :]
+        mask = (p + offs_p < P)[:, None] & mask_n[None, :]
+        total += tl.load(partials_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+    out = tl.sum(total, axis=0).to(tl.float32).to(out_ptr.dtype.element_ty)  # the interpreter has no fp64 to bf16
+    tl.store(out_ptr + (offs_n % C) * R + offs_n // C, out, mask=mask_n)
+
+
+def sum_partials_launch(partials: Tensor, out: Tensor) -> Launch:
+    """Sum ``partials [P, R, C]`` (fp32) over P into ``out [C, R]``, a weight's own layout.
+
+    Narrow and tall blocks: P is in the thousands where R C is small, and the walk over P is serial.
+    """
+    P, R, C = partials.shape
+    arguments = dict(partials_ptr=partials, out_ptr=out, P=P, R=R, C=C, BLOCK_P=256, BLOCK_N=8)
+    return Launch(_sum_partials_kernel, (common.cdiv(R * C, 8),), arguments, num_warps=4)
+
+
+def sum_partials_bytes(partials: Tensor, out: Tensor) -> Traffic:
+    """Bytes of ``sum_partials_launch``: each partial is read once, each sum written once."""
+    read, written = partials.nbytes, out.nbytes
+    return Traffic(read, written, read, written)
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums ``[C, R]`` of ``partials [P, R, C]`` (fp32) over P: fp64, in an order that depends on P alone."""
+    _, R, C = partials.shape
+    out = common.allocate((C, R), partials, dtype)
+    common.run(sum_partials_launch(partials, out), partials.device)
+    return out
