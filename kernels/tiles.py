@@ -39,5 +39,5 @@ def depthwise_rows(rows: int, programs: int, num_warps: int, processors: int) ->
 
     A walk reads two rows of halo, so it is as long as it can be while the grid gives each of ``processors`` its warps.
     """
-    chunks = min(cdiv(WARPS_PER_PROCESSOR * processors, programs * num_warps), cdiv(rows, MIN_ROWS))
+    chunks = min(cdiv(WARPS_PER_PROCESSOR * processors, max(programs, 1) * num_warps), cdiv(rows, MIN_ROWS))
     return cdiv(rows, chunks)

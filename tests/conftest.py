@@ -1,4 +1,9 @@
-"""Fixtures that several files share: made-up photographs, and real ones where there are any."""
+"""How kernels run in the tests, and fixtures that several files share.
+
+Tests that ask for the ``device`` run on a GPU where there is one, else in Triton's interpreter, on CPU tensors; with
+``--sanitize`` in ttsem, which executes the code that the compiler makes of a kernel and stops at a race between
+programs, an access outside a tensor, a read of what nobody wrote.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,46 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import write_photos
 
 TEST_DATA = "MNV2_TEST_DATA"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every case, where the default is a reasoned sample")
+    parser.addoption("--sanitize", action="store_true", help="run the tests of kernels, and no others, in ttsem")
+
+
+def pytest_configure(config):
+    # Triton reads it where a kernel is defined, so nothing here may import the kernels before.
+    if not (config.getoption("--sanitize") or torch.cuda.is_available()):
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_generate_tests(metafunc):
+    """``dtype``: what the place where kernels run computes like the device."""
+    if "dtype" not in metafunc.fixturenames:
+        return
+    if metafunc.config.getoption("--sanitize"):
+        dtypes = [torch.bfloat16]
+    elif torch.cuda.is_available():
+        dtypes = [torch.float32, torch.float16, torch.bfloat16]
+    else:  # the interpreter multiplies bf16 matrices wrongly
+        dtypes = [torch.float32, torch.float16]
+    metafunc.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture
+def device(request):
+    """Where the kernels run; in ttsem, a CPU that answers to "cuda". Convolutions in fp32 are IEEE there."""
+    if not request.config.getoption("--sanitize"):
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return
+    from ttsem import sanitize
+
+    with sanitize.session(cc=80) as session:
+        yield torch.device("cuda")
+        assert session.races_unchecked == 0, "a launch is too large to be checked for races: make the test's shape smaller"
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +59,28 @@ def _seed():
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items):
+@pytest.fixture
+def place(request, monkeypatch):
+    """Puts an input between guard bands; the kernels' own buffers lie there too and start as NaN.
+
+    ttsem knows where each tensor ends and fills new ones with NaN itself, so there it leaves them alone.
+    """
+    if request.config.getoption("--sanitize"):
+        yield lambda x: x
+        return
+    import numerics
+
+    with numerics.guarded_allocations(monkeypatch.setattr):
+        yield numerics.guarded
+
+
+def pytest_collection_modifyitems(config, items):
+    def keep(item):
+        kernels, exhaustive = ("device" in item.fixturenames), "exhaustive" in item.keywords
+        return (kernels or not config.getoption("--sanitize")) and (not exhaustive or config.getoption("--all"))
+
+    config.hook.pytest_deselected(items=[item for item in items if not keep(item)])
+    items[:] = filter(keep, items)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -37,6 +100,8 @@ def test_data() -> Path:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """A data folder of 23 training and 11 validation pictures in three classes."""
+    from samples import write_photos
+
     root = tmp_path_factory.mktemp("photos with spaces")
     write_photos(root / "train", 23)
     write_photos(root / "val", 11, start=100)

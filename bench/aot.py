@@ -1,0 +1,423 @@
+"""Compile the kernels for GPUs that are not here, and say what their code costs: ``python -m bench.aot --help``.
+
+Each row is one launch as its launcher would make it, on tensors of the meta device. Its instructions and bytes, over
+what one representative device a capability can do, bound the time from below; nothing is timed. The grid is that of an
+H100's 132 processors on every capability, and every walk of a loop is counted at full length.
+
+Another kernel is added by a function from ``Case`` to ``Work`` in ``WORK`` and its name in ``PASSES``.
+"""
+
+# Torch, Triton and the kernels are imported where they are used: TRITON_INTERPRET is refused before them.
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from bench import sass
+
+BATCH = 256
+RECORD = Path(__file__).resolve().parent / "results" / "aot.json"
+SAVE_SECONDS = 10
+NOTE = "Bounds from counted bytes and instructions, not timings: no kernel was run."
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+GIVEN = ("C", "STRIDE", "PAD_H", "PAD_W")  # compile-time sizes that the shape gives, where the tile gives the others
+WHOLE = (80, 90)  # capabilities for which --all compiles the shapes of every variant
+ALPHAS, RESIZES = (1.0, 0.35), (224, 96)  # those of the other capabilities
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Case:
+    """One row: a kernel on the depthwise convolution of a block, and the capability that it is compiled for."""
+
+    cap: int
+    kernel: str
+    C: int
+    side: int
+    stride: int
+    dtype: str = "fp16"
+    padding: str = "symmetric"
+
+    @property
+    def name(self) -> str:
+        """As the table and ``--only`` know it."""
+        padding = "" if self.padding == "symmetric" else f" {self.padding}"
+        return f"{self.kernel} {self.C}x{self.side}x{self.side}/{self.stride} {self.dtype}{padding} sm_{self.cap}"
+
+
+class Work(NamedTuple):
+    """What a case launches: elements of the operation's large tensor, iterations of each program's loop, bytes."""
+
+    launch: Any
+    elements: int
+    trips: int
+    touched: int
+
+
+def _tensors(case: Case) -> tuple[Any, Any, Any]:
+    """Input, weight and output of the case's convolution."""
+    import torch
+
+    from kernels import common
+
+    like = torch.empty(0, dtype=getattr(torch, DTYPES[case.dtype]), device="meta")
+    out = common.cdiv(case.side, case.stride)
+    x = common.allocate((BATCH, case.C, case.side, case.side), like)
+    return x, like.new_empty((case.C, 1, 3, 3)), common.allocate((BATCH, case.C, out, out), like)
+
+
+def _depthwise_fwd(case: Case) -> Work:
+    from kernels import depthwise
+
+    x, weight, y = _tensors(case)
+    arguments = (x, weight, y, case.stride, case.padding)
+    launch = depthwise.depthwise_fwd_launch(*arguments)
+    touched = depthwise.depthwise_fwd_bytes(*arguments).touched
+    return Work(launch, x.numel(), launch.arguments["ROWS"], touched)
+
+
+def _depthwise_bwd(case: Case, *, dx: bool = True, dw: bool = True) -> Work:
+    from kernels import depthwise
+
+    x, weight, dy = _tensors(case)
+    arguments = (dy, x if dw else None, weight, x if dx else None, case.stride, case.padding)
+    launch = depthwise.depthwise_bwd_launch(*arguments)
+    touched = depthwise.depthwise_bwd_bytes(*arguments).touched
+    return Work(launch, x.numel(), launch.arguments["ROWS"], touched)
+
+
+def _sum_partials(case: Case) -> Work:
+    """Sum of what ``_depthwise_bwd`` leaves."""
+    from kernels import common, partials
+
+    arguments = _depthwise_bwd(case).launch.arguments["partials_ptr"], _tensors(case)[1].view(case.C, 9)
+    launch = partials.sum_partials_launch(*arguments)
+    trips = common.cdiv(launch.arguments["P"], launch.arguments["BLOCK_P"])
+    return Work(launch, arguments[0].numel(), trips, partials.sum_partials_bytes(*arguments).touched)
+
+
+WORK: dict[str, Callable[[Case], Work]] = {
+    "depthwise_fwd": _depthwise_fwd,
+    "depthwise_bwd": _depthwise_bwd,
+    "depthwise_dx": functools.partial(_depthwise_bwd, dw=False),
+    "depthwise_dw": functools.partial(_depthwise_bwd, dx=False),
+    "sum_partials": _sum_partials,
+}
+PASSES = ("depthwise_fwd", "depthwise_bwd", "sum_partials")  # what a step of training launches for a block
+BLOCK_PASSES = PASSES[:2]
+GRADIENTS = ("depthwise_dx", "depthwise_dw")
+
+
+def _shapes(networks: Iterable[tuple[float, int]]) -> list[tuple[int, int, int]]:
+    """Distinct (channels, side, stride) of the blocks of networks (alpha, resize), the largest pictures first."""
+    from mnv2.model import layer_shapes
+
+    blocks = [layer for network in networks for layer in layer_shapes(*network) if layer.kind == "block"]
+    return sorted({(b.c_mid, b.height, b.stride) for b in blocks}, key=lambda shape: (-shape[1], shape))
+
+
+def sample(caps: Iterable[int]) -> list[Case]:
+    """Alpha 1.0 at 224 whole on sm_90; elsewhere, at each stride, its largest and its smallest pictures.
+
+    The variations (types, padding, a single gradient) differ in code but hardly by capability: sm_90 stands for all.
+    """
+    shapes = _shapes([(1.0, 224)])
+    by_stride = [[shape for shape in shapes if shape[2] == stride] for stride in (1, 2)]
+    ends = [shape for group in by_stride for shape in (group[0], group[-1])]
+    cases = []
+    for cap in caps:
+        if cap != 90:
+            cases += [Case(cap, kernel, *shape) for shape in ends for kernel in BLOCK_PASSES]
+            cases.append(Case(cap, "sum_partials", *shapes[0]))
+            continue
+        cases += [Case(cap, kernel, *shape) for shape in shapes for kernel in PASSES]
+        middles = [group[len(group) // 2] for group in by_stride]
+        cases += [Case(cap, k, *shape, dtype) for shape in middles for k in PASSES for dtype in ("bf16", "fp32")]
+        cases += [Case(cap, kernel, *middles[1], padding="same") for kernel in BLOCK_PASSES]  # at stride 1 no other
+        cases += [Case(cap, kernel, *shape) for shape in middles for kernel in GRADIENTS]
+    return cases
+
+
+def every(caps: Iterable[int]) -> list[Case]:
+    """The sample, and the shapes of all published variants on ``WHOLE``, of four of them on the other capabilities."""
+    from mnv2.model import VARIANTS
+
+    caps = tuple(caps)
+    variants = [(alpha, resize) for alpha, resizes in VARIANTS.items() for resize in resizes]
+    corners = [(alpha, resize) for alpha in ALPHAS for resize in RESIZES]
+    shapes = {cap: _shapes(variants if cap in WHOLE else corners) for cap in caps}
+    cases = [Case(cap, kernel, *shape) for cap in caps for shape in shapes[cap] for kernel in PASSES]
+    return sorted({*cases, *sample(caps)})
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    """Facts of the case's compiled kernel."""
+    return sass.compile_launch(WORK[case.kernel](case).launch, case.cap)
+
+
+def _start_worker(folder: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = folder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
+
+
+def compile_all(jobs: Mapping[str, Case]) -> Generator[tuple[str, dict[str, Any]]]:
+    """Compile afresh, in a process for each core, and yield (key, facts) as they come."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "triton"])
+    with tempfile.TemporaryDirectory(prefix="aot-") as folder:
+        workers = max(1, min(os.cpu_count() or 1, len(jobs)))
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(folder,)) as pool:
+            futures = {pool.submit(compile_case, case): name for name, case in jobs.items()}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+class Row(NamedTuple):
+    """A case with what it launches and the key of its code; cases of one key share their compiled kernel."""
+
+    case: Case
+    work: Work
+    key: str
+
+
+def plan(cases: Iterable[Case]) -> list[Row]:
+    rows = []
+    for case in dict.fromkeys(cases):
+        work = WORK[case.kernel](case)
+        rows.append(Row(case, work, sass.key(work.launch, case.cap)))
+    return rows
+
+
+def report(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
+    """The row as the table and the record have it: facts, occupancy and bounds; times in microseconds an image."""
+    case, work = row.case, row.work
+    programs = math.prod(work.launch.grid)
+    inner, hbm, issue = sass.bounds(case.cap, facts, programs, work.trips, work.touched)
+    kernel, arguments = work.launch.kernel, work.launch.arguments
+    blocks = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr and p.name not in GIVEN}
+    return {
+        **{name: value for name, value in dataclasses.asdict(case).items() if name != "side"},
+        "height": case.side,
+        "width": case.side,
+        "tile": {"num_warps": work.launch.num_warps, **blocks},
+        "programs": programs,
+        "trips": work.trips,
+        "registers": facts["registers"],
+        "spill": facts["spill"],
+        "declared_spill": work.launch.spill_bytes,
+        "shared": facts["shared"],
+        "occupancy": round(sass.occupancy(case.cap, facts["registers"], facts["shared"], facts["warps"]), 4),
+        "tensor_core": facts["tensor_core"],
+        "instructions_an_element": round(32 * inner / work.elements, 2),
+        "hbm_us": round(hbm / BATCH * 1e6, 4),
+        "issue_us": round(issue / BATCH * 1e6, 4),
+        "binds": "HBM" if hbm >= issue else "issue",
+        "key": row.key,
+    }
+
+
+def problems(row: Row, facts: dict[str, Any]) -> list[str]:
+    """Why the row fails, each reason with the row's name."""
+    if "error" in facts:
+        found = [f"does not compile: {facts['error']}"]
+    else:
+        found = sass.launch_problems(row.case.cap, facts)
+        if facts["spill"] > (declared := row.work.launch.spill_bytes):
+            found.insert(0, f"spills {facts['spill']} bytes a thread, its tile declares {declared}")
+    return [f"{row.case.name}: {problem}" for problem in found]
+
+
+def remarks(facts: Mapping[str, Any]) -> str:
+    """What may make the row's count of instructions wrong, or an empty string."""
+    notes = []
+    if facts.get("copied"):
+        notes.append("the assembler has copied loads or stores, so its loop may stand for several trips")
+    if facts.get("loops", 1) != 1:
+        notes.append(f"{facts['loops']} loops, of which the largest alone is multiplied by its trips")
+    return "; ".join(notes)
+
+
+def gather(
+    rows: Sequence[Row],
+    compiled: dict[str, dict[str, Any]],
+    save: Callable[[], None],
+    compile_jobs: Callable[[Mapping[str, Case]], Generator[tuple[str, dict[str, Any]]]] = compile_all,
+) -> None:
+    """Put the facts of each row's key into ``compiled``, compiling once what is missing, and ``save`` now and then."""
+    jobs = {row.key: row.case for row in rows if row.key not in compiled}
+    saved = time.monotonic()
+    try:
+        with contextlib.closing(compile_jobs(jobs)) as stream:
+            for name, facts in tqdm(stream, "compiling", len(jobs), leave=False, disable=None):
+                compiled[name] = facts
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+    finally:
+        save()
+
+
+def read_record(path: Path) -> dict[str, dict[str, Any]]:
+    """Facts by key of an earlier record, or none where there is no file."""
+    try:
+        return dict(json.loads(path.read_text())["compiled"])
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: expected a record of bench.aot, got {type(error).__name__}: {error}") from error
+
+
+def write_record(path: Path, command: str, rows: Iterable[Row], compiled: Mapping[str, dict[str, Any]]) -> None:
+    """Replace the record whole: a line a kernel and a row. What did not compile is left out, to be tried again."""
+    good = {name: facts for name, facts in sorted(compiled.items()) if "error" not in facts}
+    head = {"command": command, "note": NOTE, "versions": {name: version(name) for name in ("torch", "triton")}}
+    kernels = ",\n".join(f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in good.items())
+    lines = ",\n".join(json.dumps(report(row, good[row.key])) for row in sorted(rows) if row.key in good)
+    text = f'{json.dumps(head)[:-1]},\n"compiled": {{\n{kernels}\n}},\n"rows": [\n{lines}\n]}}\n'
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """The reports in columns, grouped by capability."""
+    lines = [NOTE, f"us: microseconds an image at batch {BATCH}; ins/el: instructions of the loop an element"]
+    head = (
+        "kernel",
+        "shape",
+        "type",
+        "tile",
+        "regs",
+        "spill",
+        "shared",
+        "occ",
+        "tensor",
+        "ins/el",
+        "HBM us",
+        "issue us",
+    )
+    for cap, device in sass.DEVICES.items():
+        cells = [_cells(report) for report in reports if report["cap"] == cap]
+        if not cells:
+            continue
+        lines.append(f"\nsm_{cap}, bounds for {device.name}")
+        cells.insert(0, (*head, "binds"))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    return "\n".join(lines)
+
+
+def _cells(report: Mapping[str, Any]) -> tuple[str, ...]:
+    warps, *blocks = report["tile"].items()
+    return (
+        report["kernel"],
+        f"{report['C']}x{report['height']}x{report['width']}/{report['stride']}",
+        report["dtype"] + ("" if report["padding"] == "symmetric" else f" {report['padding']}"),
+        " ".join([f"{warps[1]}w", *(f"{name.removeprefix('BLOCK_')}{size}" for name, size in blocks)]),
+        str(report["registers"]),
+        f"{report['spill']}/{report['declared_spill']}",
+        str(report["shared"]),
+        f"{report['occupancy']:.0%}",
+        report["tensor_core"] or "-",
+        f"{report['instructions_an_element']:.1f}",
+        f"{report['hbm_us']:.3f}",
+        f"{report['issue_us']:.3f}",
+        report["binds"],
+    )
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=" ".join(__doc__.split("\n\n")[:2]))
+    known = ",".join(map(str, sass.DEVICES))
+    parser.add_argument("--cap", default=known, help="capabilities, by default %(default)s")
+    parser.add_argument("--all", action="store_true", help=f"every shape of the variants, kept in {RECORD.name}; long")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains TEXT")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+    args = parser.parse_args(argv)
+    if not set(args.cap.split(",")) <= set(known.split(",")):
+        parser.error(f"--cap: expected some of {known}, got {args.cap!r}")
+    args.cap = sorted({int(cap) for cap in args.cap.split(",")})
+    if args.json is None and args.all:
+        args.json = RECORD
+    if args.json is not None and not args.json.resolve().parent.is_dir():
+        parser.error(f"--json: expected a file in a folder that exists, got {str(args.json)!r}")
+    return args
+
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """Compile what ``args`` ask for, record it and print it; the exit status."""
+    started = time.monotonic()
+    wanted = plan(every(sass.DEVICES) if args.all else sample(args.cap))
+    rows = [row for row in wanted if row.case.cap in args.cap and args.only in row.case.name]
+    if not rows:
+        raise ValueError(f"--only: expected a part of a row's name, got {args.only!r}")
+    compiled = read_record(args.json) if args.all else {}
+    keys = {row.key for row in rows}
+    missing = len(keys - compiled.keys())
+
+    def save() -> None:
+        if args.json is not None:
+            write_record(args.json, command, wanted if args.all else rows, compiled)
+
+    try:
+        gather(rows, compiled, save)
+    except KeyboardInterrupt:
+        kept = f", kept in {args.json}" if args.json else ""
+        print(f"interrupted: {len(keys & compiled.keys())} of {len(keys)} compiled{kept}", file=sys.stderr)
+        return 130
+    if args.all:
+        for stale in compiled.keys() - {row.key for row in wanted}:
+            del compiled[stale]
+        save()
+    print(table([report(row, compiled[row.key]) for row in rows if "error" not in compiled[row.key]]))
+    for row in rows:
+        if note := remarks(compiled[row.key]):
+            print(f"{row.case.name}: {note}")
+    spilling = sum(compiled[row.key].get("spill", 0) > 0 for row in rows)
+    print(f"\n{len(rows)} rows, {missing} kernels compiled", end="")
+    print(f" and {len(keys) - missing} reused, {time.monotonic() - started:.0f} s, {spilling} rows spill")
+    failures = [problem for row in rows for problem in problems(row, compiled[row.key])]
+    print(*failures, sep="\n" if failures else "", end="\n" if failures else "", file=sys.stderr)
+    return int(bool(failures))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 where a row fails, 2 where there is nothing to report."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
+    if "TRITON_INTERPRET" in os.environ:
+        print("TRITON_INTERPRET: unset it, the interpreter's kernels can't be compiled", file=sys.stderr)
+        return 2
+    try:
+        return run(args, shlex.join(["python", "-m", "bench.aot", *argv]))
+    except (OSError, ValueError, BrokenProcessPool) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

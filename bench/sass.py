@@ -1,0 +1,310 @@
+"""What a compiled kernel is made of: registers, spills, shared memory and instructions, read from its cubin.
+
+Triton's own ``nvdisasm`` and ``cuobjdump`` do the reading, so no GPU is needed. The limits of each capability turn
+registers and shared memory into an occupancy, and one representative device a capability turns counts into bounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+THREADS = 1024  # a block, on every capability
+TENSOR_COLUMNS = 512  # of tensor memory, from sm_100 on
+SCHEDULERS = 4  # a multiprocessor; each issues an instruction a clock and owns a quarter of the registers
+REGISTERS = 65536  # a multiprocessor
+RESERVED_SHARED = 1024  # bytes that the driver adds to each block
+MIN_LOOP = 9  # instructions; what is shorter spins on a barrier or traps
+
+
+class Device(NamedTuple):
+    """Limits of a capability (CUDA C++ programming guide, "Compute capabilities") and one device that has it."""
+
+    name: str
+    processors: int
+    clock: float  # Hz
+    bandwidth: float  # bytes a second
+    shared: int  # bytes a multiprocessor
+    threads: int  # a multiprocessor
+    blocks: int  # a multiprocessor
+
+    @property
+    def shared_block(self) -> int:
+        """Bytes of shared memory that a block may ask for."""
+        return self.shared - RESERVED_SHARED
+
+
+# Processors, clock and bandwidth: NVIDIA's data sheets and architecture white papers. The clock is the boost clock; for
+# the B200 it follows from the data sheet's 75 TFLOPS in fp32; for the H100 it is what the SXM board holds under load.
+DEVICES = {
+    80: Device("A100 SXM 80GB", 108, 1.410e9, 2.039e12, 164 * 1024, 2048, 32),
+    86: Device("RTX A6000", 84, 1.800e9, 0.768e12, 100 * 1024, 1536, 16),
+    90: Device("H100 SXM", 132, 1.755e9, 3.350e12, 228 * 1024, 2048, 32),
+    100: Device("B200", 148, 1.980e9, 8.000e12, 228 * 1024, 2048, 32),
+    120: Device("RTX 5090", 170, 2.407e9, 1.792e12, 100 * 1024, 1536, 24),
+}
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.x]*)\s*([^;]*);")
+_LABEL = re.compile(r"\s*(\.L_\w+):")
+_TARGET = re.compile(r"\.L_\w+")
+_TENSOR_CORE = re.compile(r"HGMMA|IGMMA|QGMMA|UTC\w*MMA|[HIQOD]MMA")
+_MEMORY_SASS = re.compile(r"(LDG|STG)(\.|$)")
+_MEMORY_PTX = re.compile(r"\b(ld|st)\.(\w+\.)*?global\b")
+_RESOURCES = re.compile(r"REG:(\d+) STACK:\d+ SHARED:(\d+)")
+
+
+class Instruction(NamedTuple):
+    """One line of a listing. ``target`` is the index of the instruction that it may jump to."""
+
+    predicate: str
+    opcode: str
+    operands: str
+    target: int | None
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction may follow."""
+        name, *kind = self.opcode.split(".")
+        if name not in ("BRA", "BRX", "JMP", "EXIT", "RET") or "DIV" in kind:  # BRA.DIV asks whether threads diverge
+            return True
+        return self.predicate not in ("", "PT") or bool(re.match(r"!?U?P\d", self.operands))
+
+
+def parse(listing: str) -> list[Instruction]:
+    """Instructions of ``nvdisasm -c``."""
+    lines, labels = [], {}
+    for line in listing.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(lines)
+        elif found := _INSTRUCTION.search(line):
+            lines.append(found.groups())
+    instructions = []
+    for _, predicate, opcode, operands in lines:
+        jump = _TARGET.search(operands) if opcode.split(".")[0] in ("BRA", "JMP", "CALL") else None
+        target = labels.get(jump[0]) if jump else None
+        instructions.append(Instruction(predicate or "", opcode, operands.strip(), target))
+    return instructions
+
+
+def _successors(instructions: Sequence[Instruction]) -> list[list[int]]:
+    out = []
+    for i, instruction in enumerate(instructions):
+        after = [] if instruction.target is None or instruction.target >= len(instructions) else [instruction.target]
+        if instruction.falls_through and i + 1 < len(instructions):
+            after.append(i + 1)
+        out.append(after)
+    return out
+
+
+def _reverse_postorder(successors: list[list[int]]) -> list[int]:
+    """Reachable instructions, each before what follows it except along back edges."""
+    order, seen, stack = [], {0}, [(0, iter(successors[0]))]
+    while stack:
+        here, rest = stack[-1]
+        following = next((i for i in rest if i not in seen), None)
+        if following is None:
+            order.append(here)
+            stack.pop()
+        else:
+            seen.add(following)
+            stack.append((following, iter(successors[following])))
+    return order[::-1]
+
+
+def _dominators(order: list[int], predecessors: dict[int, list[int]]) -> dict[int, int]:
+    """Immediate dominator of each instruction (Cooper, Harvey and Kennedy 2001)."""
+    number = {i: n for n, i in enumerate(order)}
+    dominator = {order[0]: order[0]}
+    changed = True
+    while changed:
+        changed = False
+        for i in order[1:]:
+            known = [p for p in predecessors[i] if p in dominator]
+            best = known[0]
+            for p in known[1:]:
+                while p != best:
+                    while number[p] > number[best]:
+                        p = dominator[p]
+                    while number[best] > number[p]:
+                        best = dominator[best]
+            changed |= dominator.get(i) != best
+            dominator[i] = best
+    return dominator
+
+
+class Flow(NamedTuple):
+    """Indices of the instructions that can run, and of those in each loop, by the loop's first instruction."""
+
+    reachable: frozenset[int]
+    loops: tuple[frozenset[int], ...]
+
+
+def flow(instructions: Sequence[Instruction]) -> Flow:
+    """Natural loops: back edges whose head dominates their tail, so that slow paths behind EXIT are none."""
+    if not instructions:
+        return Flow(frozenset(), ())
+    successors = _successors(instructions)
+    order = _reverse_postorder(successors)
+    predecessors: dict[int, list[int]] = {i: [] for i in order}
+    for i in order:
+        for j in successors[i]:
+            predecessors[j].append(i)
+    dominator = _dominators(order, predecessors)
+    loops: dict[int, set[int]] = {}
+    for tail in order:
+        for head in successors[tail]:
+            above = tail
+            while above not in (head, order[0]):
+                above = dominator[above]
+            if above != head:
+                continue
+            body = loops.setdefault(head, {head})
+            work = [tail]
+            while work:
+                if (i := work.pop()) not in body:
+                    body.add(i)
+                    work += predecessors[i]
+    return Flow(frozenset(order), tuple(frozenset(body) for _, body in sorted(loops.items()) if len(body) >= MIN_LOOP))
+
+
+def spilled_bytes(instructions: Sequence[Instruction]) -> int:
+    """Bytes that a thread stores to local memory."""
+    widths = (re.search(r"\.(128|64|[US]16|[US]8)\b", i.opcode) for i in instructions if i.opcode.startswith("STL"))
+    return sum(int(width[1].lstrip("US")) // 8 if width else 4 for width in widths)
+
+
+def tensor_core(instructions: Sequence[Instruction]) -> str:
+    """Name of the tensor cores' instruction, or an empty string."""
+    names = {found[0] for i in instructions if (found := _TENSOR_CORE.match(i.opcode))}
+    return "+".join(sorted(names))
+
+
+def _registers_of_warp(registers: int) -> int:
+    return -(-registers * 32 // 256) * 256  # allocated 256 at a time
+
+
+def occupancy(cap: int, registers: int, shared: int, warps: int) -> float:
+    """Share of the warps that a multiprocessor can hold."""
+    device = DEVICES[cap]
+    a_block = -(-(shared + RESERVED_SHARED) // 128) * 128
+    by_registers = REGISTERS // SCHEDULERS // _registers_of_warp(max(registers, 1)) * SCHEDULERS // warps
+    blocks = min(by_registers, device.shared // a_block, device.threads // (32 * warps), device.blocks)
+    return blocks * warps * 32 / device.threads
+
+
+def launch_problems(cap: int, facts: dict[str, Any]) -> list[str]:
+    """Why a device of this capability would refuse the launch."""
+    problems = []
+    if facts["shared"] > (limit := DEVICES[cap].shared_block):
+        problems.append(f"shared memory of {facts['shared']} bytes, a block may have {limit}")
+    if facts["warps"] * 32 > THREADS:
+        problems.append(f"{facts['warps'] * 32} threads, a block may have {THREADS}")
+    each = -(-facts["warps"] // SCHEDULERS)  # warps of the busiest scheduler
+    if each * _registers_of_warp(facts["registers"]) > REGISTERS // SCHEDULERS:
+        problems.append(f"{facts['registers']} registers x {facts['warps'] * 32} threads, there are {REGISTERS}")
+    if facts["tensor_columns"] > TENSOR_COLUMNS:
+        problems.append(f"{facts['tensor_columns']} columns of tensor memory, there are {TENSOR_COLUMNS}")
+    return problems
+
+
+def bounds(cap: int, facts: dict[str, Any], programs: int, trips: int, touched: int) -> tuple[int, float, float]:
+    """Instructions of all warps in the loop, and seconds that the bytes and that all instructions take at least.
+
+    The loop counts ``trips`` times and every other instruction once; a kernel without a loop counts whole as one.
+    """
+    device, warps = DEVICES[cap], programs * facts["warps"]
+    inner = facts["loop"] * trips or facts["instructions"]
+    issued = facts["instructions"] + facts["loop"] * (trips - 1)
+    issue = warps * issued / (device.processors * SCHEDULERS * device.clock)
+    return warps * inner, touched / device.bandwidth, issue
+
+
+def _tool(name: str, option: str, file: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def examine(compiled: Any, cap: int) -> dict[str, Any]:
+    """Facts of a kernel that ``triton.compile`` returned.
+
+    ``instructions`` are all that can run and ``loop`` those of the largest loop, ``loops`` how many loops there are.
+    ``copied`` are the global loads and stores that the assembler has added to those of the PTX: it copies them when it
+    unrolls a loop, whose ``loop`` then stands for several trips.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        listing, resources = _tool("nvdisasm", "-c", file.name), _tool("cuobjdump", "--dump-resource-usage", file.name)
+    everything = parse(listing)
+    reachable, loops = flow(everything)
+    instructions = [everything[i] for i in sorted(reachable)]
+    registers, static = map(int, _RESOURCES.search(resources).groups())
+    moves = sum(bool(_MEMORY_SASS.match(i.opcode)) for i in instructions)
+    return {
+        "warps": compiled.metadata.num_warps,
+        "registers": registers,
+        "spill": spilled_bytes(instructions),
+        "shared": max(compiled.metadata.shared, 0) + (static if cap < 90 else 0),  # later ones list the reserved bytes
+        "tensor_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "tensor_core": tensor_core(instructions),
+        "instructions": len(instructions),
+        "loop": max(map(len, loops), default=0),
+        "loops": len(loops),
+        "copied": max(0, moves - len(_MEMORY_PTX.findall(compiled.asm["ptx"]))),
+    }
+
+
+class Source(NamedTuple):
+    """What ``triton.compile`` takes for a launch."""
+
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+
+def source(launch: Any, cap: int) -> Source:
+    """Types, constants and specialisations of a launch, by the functions that Triton's own launches go through."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, backend = launch.kernel, make_backend(GPUTarget("cuda", cap, 32))
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, rest = bind(**launch.arguments, **options)
+    options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
+    return Source(signature, constants, attributes, vars(options))
+
+
+def key(launch: Any, cap: int) -> str:
+    """Hash of all that the compiled code depends on."""
+    import triton
+
+    signature, constants, attributes, options = source(launch, cap)
+    options = {name: value for name, value in options.items() if name != "extern_libs"}  # a path; the version covers it
+    parts = (launch.kernel.cache_key, signature, constants, attributes, options, cap, triton.__version__)
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+
+def compile_launch(launch: Any, cap: int) -> dict[str, Any]:
+    """Facts of the launch's kernel; "error" alone where the compiler refuses it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes, options = source(launch, cap)
+    try:
+        ast = ASTSource(launch.kernel, signature, constants, attributes)
+        compiled = triton.compile(ast, target=GPUTarget("cuda", cap, 32), options=options)
+    except Exception as error:  # whatever the compiler raises is this kernel's alone: the others go on
+        lines = str(error).strip().splitlines() or [""]
+        return {"error": f"{type(error).__name__}: {lines[-1].strip()}"}
+    return examine(compiled, cap)
