@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from bench import sass
+from bench.sass import Facts
 
 BATCH = 256
 RECORD = Path(__file__).resolve().parent / "results" / "aot.json"
@@ -42,6 +43,22 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 GIVEN = ("C", "STRIDE", "PAD_H", "PAD_W")  # compile-time sizes that the shape gives, where the tile gives the others
 WHOLE = (80, 90)  # capabilities for which --all compiles the shapes of every variant
 ALPHAS, RESIZES = (1.0, 0.35), (224, 96)  # those of the other capabilities
+COLUMNS = {  # of the table: how each shows a report
+    "kernel": "{kernel}",
+    "shape": "{C}x{height}x{width}/{stride}",
+    "type": "{dtype}",
+    "padding": "{padding}",
+    "tile": "{tile}",
+    "regs": "{registers}",
+    "spill": "{spill}/{declared_spill}",
+    "shared": "{shared}",
+    "occ": "{occupancy:.0%}",
+    "tensor": "{tensor_core}",
+    "ins/el": "{instructions_an_element:.1f}",
+    "HBM us": "{hbm_us:.3f}",
+    "issue us": "{issue_us:.3f}",
+    "binds": "{binds}",
+}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -168,7 +185,7 @@ def every(caps: Iterable[int]) -> list[Case]:
     return sorted({*cases, *sample(caps)})
 
 
-def compile_case(case: Case) -> dict[str, Any]:
+def compile_case(case: Case) -> Facts:
     """Facts of the case's compiled kernel."""
     return sass.compile_launch(WORK[case.kernel](case).launch, case.cap)
 
@@ -178,7 +195,7 @@ def _start_worker(folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
 
 
-def compile_all(jobs: Mapping[str, Case]) -> Generator[tuple[str, dict[str, Any]]]:
+def compile_all(jobs: Mapping[str, Case]) -> Generator[tuple[str, Facts], None, None]:
     """Compile afresh, in a process for each core, and yield (key, facts) as they come."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "triton"])
@@ -209,7 +226,7 @@ def plan(cases: Iterable[Case]) -> list[Row]:
     return rows
 
 
-def report(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
+def report(row: Row, facts: Facts) -> Facts:
     """The row as the table and the record have it: facts, occupancy and bounds; times in microseconds an image."""
     case, work = row.case, row.work
     programs = math.prod(work.launch.grid)
@@ -237,32 +254,17 @@ def report(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def problems(row: Row, facts: dict[str, Any]) -> list[str]:
-    """Why the row fails, each reason with the row's name."""
-    if "error" in facts:
-        found = [f"does not compile: {facts['error']}"]
-    else:
-        found = sass.launch_problems(row.case.cap, facts)
-        if facts["spill"] > (declared := row.work.launch.spill_bytes):
-            found.insert(0, f"spills {facts['spill']} bytes a thread, its tile declares {declared}")
-    return [f"{row.case.name}: {problem}" for problem in found]
-
-
-def remarks(facts: Mapping[str, Any]) -> str:
-    """What may make the row's count of instructions wrong, or an empty string."""
-    notes = []
-    if facts.get("copied"):
-        notes.append("the assembler has copied loads or stores, so its loop may stand for several trips")
-    if facts.get("loops", 1) != 1:
-        notes.append(f"{facts['loops']} loops, of which the largest alone is multiplied by its trips")
-    return "; ".join(notes)
+def failures(rows: Iterable[Row], compiled: Mapping[str, Facts]) -> list[str]:
+    """What is wrong with each row that would not run as declared, by its name."""
+    found = ((row, sass.problems(row.case.cap, compiled[row.key], row.work.launch.spill_bytes)) for row in rows)
+    return [f"{row.case.name}: {problem}" for row, problems in found for problem in problems]
 
 
 def gather(
     rows: Sequence[Row],
-    compiled: dict[str, dict[str, Any]],
+    compiled: dict[str, Facts],
     save: Callable[[], None],
-    compile_jobs: Callable[[Mapping[str, Case]], Generator[tuple[str, dict[str, Any]]]] = compile_all,
+    compile_jobs: Callable[[Mapping[str, Case]], Generator[tuple[str, Facts], None, None]],
 ) -> None:
     """Put the facts of each row's key into ``compiled``, compiling once what is missing, and ``save`` now and then."""
     jobs = {row.key: row.case for row in rows if row.key not in compiled}
@@ -278,7 +280,7 @@ def gather(
         save()
 
 
-def read_record(path: Path) -> dict[str, dict[str, Any]]:
+def read_record(path: Path) -> dict[str, Facts]:
     """Facts by key of an earlier record, or none where there is no file."""
     try:
         return dict(json.loads(path.read_text())["compiled"])
@@ -288,12 +290,14 @@ def read_record(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path}: expected a record of bench.aot, got {type(error).__name__}: {error}") from error
 
 
-def write_record(path: Path, command: str, rows: Iterable[Row], compiled: Mapping[str, dict[str, Any]]) -> None:
+def write_record(path: Path, command: str, rows: Iterable[Row], compiled: Mapping[str, Facts]) -> None:
     """Replace the record whole: a line a kernel and a row. What did not compile is left out, to be tried again."""
     good = {name: facts for name, facts in sorted(compiled.items()) if "error" not in facts}
     head = {"command": command, "note": NOTE, "versions": {name: version(name) for name in ("torch", "triton")}}
     kernels = ",\n".join(f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in good.items())
-    lines = ",\n".join(json.dumps(report(row, good[row.key])) for row in sorted(rows) if row.key in good)
+    lines = ",\n".join(
+        json.dumps(report(row, good[row.key])) for row in sorted(rows, key=lambda row: row.case) if row.key in good
+    )
     text = f'{json.dumps(head)[:-1]},\n"compiled": {{\n{kernels}\n}},\n"rows": [\n{lines}\n]}}\n'
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -303,51 +307,23 @@ def write_record(path: Path, command: str, rows: Iterable[Row], compiled: Mappin
         temporary.unlink(missing_ok=True)
 
 
-def table(reports: Sequence[Mapping[str, Any]]) -> str:
+def table(reports: Sequence[Facts]) -> str:
     """The reports in columns, grouped by capability."""
     lines = [NOTE, f"us: microseconds an image at batch {BATCH}; ins/el: instructions of the loop an element"]
-    head = (
-        "kernel",
-        "shape",
-        "type",
-        "tile",
-        "regs",
-        "spill",
-        "shared",
-        "occ",
-        "tensor",
-        "ins/el",
-        "HBM us",
-        "issue us",
-    )
     for cap, device in sass.DEVICES.items():
-        cells = [_cells(report) for report in reports if report["cap"] == cap]
-        if not cells:
+        here = [{**report, "tile": _tile(report["tile"])} for report in reports if report["cap"] == cap]
+        if not here:
             continue
         lines.append(f"\nsm_{cap}, bounds for {device.name}")
-        cells.insert(0, (*head, "binds"))
+        cells = [list(COLUMNS), *([form.format_map(report) for form in COLUMNS.values()] for report in here)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
     return "\n".join(lines)
 
 
-def _cells(report: Mapping[str, Any]) -> tuple[str, ...]:
-    warps, *blocks = report["tile"].items()
-    return (
-        report["kernel"],
-        f"{report['C']}x{report['height']}x{report['width']}/{report['stride']}",
-        report["dtype"] + ("" if report["padding"] == "symmetric" else f" {report['padding']}"),
-        " ".join([f"{warps[1]}w", *(f"{name.removeprefix('BLOCK_')}{size}" for name, size in blocks)]),
-        str(report["registers"]),
-        f"{report['spill']}/{report['declared_spill']}",
-        str(report["shared"]),
-        f"{report['occupancy']:.0%}",
-        report["tensor_core"] or "-",
-        f"{report['instructions_an_element']:.1f}",
-        f"{report['hbm_us']:.3f}",
-        f"{report['issue_us']:.3f}",
-        report["binds"],
-    )
+def _tile(tile: Mapping[str, int]) -> str:
+    warps, *blocks = tile.items()
+    return " ".join([f"{warps[1]}w", *(f"{name.removeprefix('BLOCK_')}{size}" for name, size in blocks)])
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -384,29 +360,28 @@ def run(args: argparse.Namespace, command: str) -> int:
             write_record(args.json, command, wanted if args.all else rows, compiled)
 
     try:
-        gather(rows, compiled, save)
+        gather(rows, compiled, save, compile_all)
     except KeyboardInterrupt:
         kept = f", kept in {args.json}" if args.json else ""
-        print(f"interrupted: {len(keys & compiled.keys())} of {len(keys)} compiled{kept}", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(f"{len(keys & compiled.keys())} of {len(keys)} kernels compiled{kept}") from None
     if args.all:
         for stale in compiled.keys() - {row.key for row in wanted}:
             del compiled[stale]
         save()
-    print(table([report(row, compiled[row.key]) for row in rows if "error" not in compiled[row.key]]))
-    for row in rows:
-        if note := remarks(compiled[row.key]):
-            print(f"{row.case.name}: {note}")
+    print(table([report(row, compiled[row.key]) for row in rows if "error" not in compiled[row.key]]), end="\n\n")
+    print(*(f"{row.case.name}: {note}\n" for row in rows for note in sass.remarks(compiled[row.key])), sep="", end="")
+    wrong = failures(rows, compiled)
     spilling = sum(compiled[row.key].get("spill", 0) > 0 for row in rows)
-    print(f"\n{len(rows)} rows, {missing} kernels compiled", end="")
-    print(f" and {len(keys) - missing} reused, {time.monotonic() - started:.0f} s, {spilling} rows spill")
-    failures = [problem for row in rows for problem in problems(row, compiled[row.key])]
-    print(*failures, sep="\n" if failures else "", end="\n" if failures else "", file=sys.stderr)
-    return int(bool(failures))
+    print(
+        f"{len(rows)} rows, of which {spilling} spill and {len({line.split(':')[0] for line in wrong})} fail; ", end=""
+    )
+    print(f"{missing} kernels compiled, {len(keys) - missing} reused; {time.monotonic() - started:.0f} s", flush=True)
+    print(*(f"{line}\n" for line in wrong), sep="", end="", file=sys.stderr)
+    return int(bool(wrong))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1 where a row fails, 2 where there is nothing to report."""
+    """Exit status 1 where a row fails, 2 where there is nothing to report, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     if "TRITON_INTERPRET" in os.environ:
@@ -417,6 +392,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, BrokenProcessPool) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}" if interrupt.args else "interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

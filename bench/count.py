@@ -3,15 +3,16 @@
     counter = count(launch)
     counter.total, counter.by_tensor["x_ptr"], counter.outside
 
-Needs kernels that were defined with TRITON_INTERPRET=1 in the environment, and tensors of the CPU. Every load, store and
-atomic of every program passes through the interpreter's builder, whose methods are wrapped for as long as it counts.
+Needs kernels that were defined with TRITON_INTERPRET=1 in the environment, and tensors of the CPU. Every load, store
+and atomic of every program passes through the interpreter's builder, whose methods are wrapped while it counts.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, astuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -116,9 +117,31 @@ class Counter:
 
 def count(launch: Launch) -> Counter:
     """Run ``launch``, whose tensors are on the CPU, and count; tensors have the names of the kernel's arguments."""
-    if not common.is_interpreted(launch.kernel):
+    if not common.INTERPRETED:
         raise ValueError("launch: expected an interpreted kernel; set TRITON_INTERPRET=1 before kernels is imported")
     tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
     with Counter(tensors) as counter:
         common.run(launch, torch.device("cpu"))
     return counter
+
+
+class Call(NamedTuple):
+    """A launch and what the formula beside its launcher says of it."""
+
+    name: str
+    launch: Launch
+    formula: Traffic
+
+
+def differing(calls: Iterable[Call]) -> list[str]:
+    """Run ``calls`` in order, print counted beside formula, and return the names of those where they differ."""
+    names = []
+    for name, launch, formula in calls:
+        counter = count(launch)
+        pairs = zip(asdict(counter.total).items(), astuple(formula), strict=True)
+        figures = ", ".join(f"{kind} {counted} / {wanted}" for (kind, counted), wanted in pairs)
+        equal = counter.total == formula and not counter.outside
+        print(f"{name}: {figures}, outside {counter.outside}{'' if equal else '  DIFFERS'}", flush=True)
+        if not equal:
+            names.append(name)
+    return names

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+Facts = dict[str, Any]  # of a compiled kernel: see ``examine``
+READING = 1  # raised where ``examine`` reads a kernel differently, so that recorded facts are read afresh
+
 THREADS = 1024  # a block, on every capability
 TENSOR_COLUMNS = 512  # of tensor memory, from sm_100 on
 SCHEDULERS = 4  # a multiprocessor; each issues an instruction a clock and owns a quarter of the registers
@@ -197,22 +200,36 @@ def occupancy(cap: int, registers: int, shared: int, warps: int) -> float:
     return blocks * warps * 32 / device.threads
 
 
-def launch_problems(cap: int, facts: dict[str, Any]) -> list[str]:
-    """Why a device of this capability would refuse the launch."""
-    problems = []
-    if facts["shared"] > (limit := DEVICES[cap].shared_block):
-        problems.append(f"shared memory of {facts['shared']} bytes, a block may have {limit}")
-    if facts["warps"] * 32 > THREADS:
-        problems.append(f"{facts['warps'] * 32} threads, a block may have {THREADS}")
-    each = -(-facts["warps"] // SCHEDULERS)  # warps of the busiest scheduler
-    if each * _registers_of_warp(facts["registers"]) > REGISTERS // SCHEDULERS:
-        problems.append(f"{facts['registers']} registers x {facts['warps'] * 32} threads, there are {REGISTERS}")
+def problems(cap: int, facts: Facts, declared_spill: int) -> list[str]:
+    """Why the kernel would not run on a device of this capability, or not as its tile declares."""
+    if "error" in facts:
+        return [f"does not compile: {facts['error']}"]
+    threads, device, found = facts["warps"] * 32, DEVICES[cap], []
+    if facts["spill"] > declared_spill:
+        found.append(f"spills {facts['spill']} bytes a thread, its tile declares {declared_spill}")
+    if facts["shared"] > device.shared_block:
+        found.append(f"shared memory of {facts['shared']} bytes, a block may have {device.shared_block}")
+    if threads > THREADS:
+        found.append(f"{threads} threads, a block may have {THREADS}")
+    busiest = -(-facts["warps"] // SCHEDULERS)  # warps that share a scheduler's registers
+    if busiest * _registers_of_warp(facts["registers"]) > REGISTERS // SCHEDULERS:
+        found.append(f"{facts['registers']} registers x {threads} threads, a multiprocessor has {REGISTERS}")
     if facts["tensor_columns"] > TENSOR_COLUMNS:
-        problems.append(f"{facts['tensor_columns']} columns of tensor memory, there are {TENSOR_COLUMNS}")
-    return problems
+        found.append(f"{facts['tensor_columns']} columns of tensor memory, a multiprocessor has {TENSOR_COLUMNS}")
+    return found
 
 
-def bounds(cap: int, facts: dict[str, Any], programs: int, trips: int, touched: int) -> tuple[int, float, float]:
+def remarks(facts: Facts) -> list[str]:
+    """What may make the bound by instructions wrong."""
+    notes = []
+    if facts.get("copied"):
+        notes.append("the assembler has copied loads or stores, so its loop may stand for several trips")
+    if facts.get("loops", 1) != 1:
+        notes.append(f"{facts['loops']} loops, of which the largest alone is multiplied by its trips")
+    return notes
+
+
+def bounds(cap: int, facts: Facts, programs: int, trips: int, touched: int) -> tuple[int, float, float]:
     """Instructions of all warps in the loop, and seconds that the bytes and that all instructions take at least.
 
     The loop counts ``trips`` times and every other instruction once; a kernel without a loop counts whole as one.
@@ -231,7 +248,7 @@ def _tool(name: str, option: str, file: str) -> str:
     return subprocess.run([path, option, file], capture_output=True, text=True, check=True).stdout
 
 
-def examine(compiled: Any, cap: int) -> dict[str, Any]:
+def examine(compiled: Any, cap: int) -> Facts:
     """Facts of a kernel that ``triton.compile`` returned.
 
     ``instructions`` are all that can run and ``loop`` those of the largest loop, ``loops`` how many loops there are.
@@ -285,16 +302,16 @@ def source(launch: Any, cap: int) -> Source:
 
 
 def key(launch: Any, cap: int) -> str:
-    """Hash of all that the compiled code depends on."""
+    """Hash of all that the facts of the compiled kernel depend on."""
     import triton
 
     signature, constants, attributes, options = source(launch, cap)
     options = {name: value for name, value in options.items() if name != "extern_libs"}  # a path; the version covers it
-    parts = (launch.kernel.cache_key, signature, constants, attributes, options, cap, triton.__version__)
+    parts = (launch.kernel.cache_key, signature, constants, attributes, options, cap, triton.__version__, READING)
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
-def compile_launch(launch: Any, cap: int) -> dict[str, Any]:
+def compile_launch(launch: Any, cap: int) -> Facts:
     """Facts of the launch's kernel; "error" alone where the compiler refuses it."""
     import triton
     from triton.backends.compiler import GPUTarget

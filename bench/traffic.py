@@ -12,7 +12,8 @@ ours         eager, but the depthwise convolution is `kernels.depthwise`: its fo
 eager        a kernel for each op under AMP in channels_last. In training BatchNorm reads its tensors twice, for the
              statistics and to normalise (x, and in the backward x and dy), and the in-place ReLU6 first clones its
              input, which its gradient needs. Convolutions have one kernel for each gradient.
-eager_least  (training) eager where BatchNorm reads once, as for tensors that fit in the cache, and ReLU6 clones nothing.
+eager_least  (training) eager where BatchNorm reads once, as if its tensors fitted in the cache, and ReLU6 clones
+             nothing.
 compiled     convolutions as in eager; what stands between two of them is one pointwise kernel, and in training one that
              reduces and one that applies, in both directions. ReLU6's gradient comes from BatchNorm's input.
 epilogue     only convolutions move bytes. Inference: each reads its input and writes its output once, the residual is
@@ -25,8 +26,8 @@ compulsory   the bound for a kernel (in training, one for each direction) a bloc
              weights' gradients. Statistics of the batch need more passes than that: nothing attains it in training.
 
 In all of them the image is read in half precision, pooling is a kernel of its own, and so is the classifier's product.
-Weights are in half precision, those of our kernels in fp32. Left out, as the same or negligible: AMP's casts of weights,
-a BatchNorm's few numbers a channel, dropout, the loss, the optimizer.
+Weights are in half precision, those of our kernels in fp32. Left out, as the same in all or negligible: AMP's casts of
+weights, a BatchNorm's few numbers a channel, dropout, the loss, the optimizer.
 
 ``--count`` checks the formulas: it runs our kernels in Triton's interpreter and counts what they touch.
 """
@@ -38,8 +39,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,16 +48,15 @@ import torch
 from torch import Tensor
 
 from kernels import common, depthwise, partials
-from kernels.common import Launch, Traffic
 from mnv2.config import InputError, RunError, exit_status, option, parse
 from mnv2.logs import versions
 from mnv2.model import LayerShape, check_alpha, layer_shapes
 
-from .count import count
+from .count import Call, differing
 
 MB = 1e6
 HALF = torch.float16.itemsize
-COUNTED_SIDE = 96  # of the picture: the interpreter then takes a minute or two, and sides are even and odd
+COUNTED_SIDE = 96  # of the picture at most: the interpreter takes a minute or two, and sides are even and odd
 META = torch.device("meta")
 
 
@@ -79,14 +79,6 @@ class Passes(NamedTuple):
 
     forward: list[Row]
     backward: list[Row]
-
-
-class Call(NamedTuple):
-    """A launch of ours and what the formula beside its launcher says."""
-
-    op: str
-    launch: Launch
-    formula: Traffic
 
 
 @dataclass(frozen=True)
@@ -158,7 +150,7 @@ def our_convolution(unit: Unit) -> Passes:
     rows = []
     for call in depthwise_calls(unit, META):
         at = call.formula
-        name, requested = f"{unit.op} {call.op}", at.loaded + at.stored
+        name, requested = f"{unit.op} {call.name}", at.loaded + at.stored
         rows.append(Row(unit.layer.name, unit.layer.kind, name, "triton", unit.shape, at.read, at.written, requested))
     return Passes(rows[:1], rows[1:])
 
@@ -183,26 +175,14 @@ def depthwise_calls(unit: Unit, device: torch.device) -> list[Call]:
     ]
 
 
-def _linear(layer: LayerShape, batch: int) -> Passes:
-    """The classifier's product: one kernel, and one for each gradient."""
-    x, y, w = (number * HALF for number in (batch * layer.c_in, batch * layer.c_out, (layer.c_in + 1) * layer.c_out))
-    row = partial(Row, layer.name, layer.kind, by="torch", shape=f"{layer.c_in} -> {layer.c_out}")
-    return Passes(
-        [row(op="linear", read=x + w, written=y)],
-        [row(op="linear input grad", read=y + w, written=x), row(op="linear weight grad", read=y + x, written=w)],
-    )
+def joined(parts: Iterable[Passes]) -> Passes:
+    """``parts`` one after the other, and backward the other way round."""
+    parts = list(parts)
+    forward = [row for part in parts for row in part.forward]
+    return Passes(forward, [row for part in reversed(parts) for row in part.backward])
 
 
-def _pooled(layer: LayerShape, batch: int, passes: Passes) -> Passes:
-    """``passes`` with pooling behind the head."""
-    if layer.kind != "head":
-        return passes
-    (unit,), mean = units(layer, batch), batch * layer.c_out * HALF
-    forward = [*passes.forward, unit.row("pool", unit.z, mean)]
-    return Passes(forward, [unit.row("pool grad", mean, unit.z), *passes.backward])
-
-
-Execution = Callable[[LayerShape, int, bool], Passes]  # rows of a layer at a batch, in training or not
+Execution = Callable[[LayerShape, int, bool], Passes]  # rows of the stem, a block or the head at a batch, in training?
 
 
 def eager(
@@ -215,24 +195,23 @@ def eager(
     clones: bool = True,
 ) -> Passes:
     """One kernel for each op; ``norm_reads`` and ``clones`` are training's."""
-    if layer.kind == "classifier":
-        return _linear(layer, batch)
     reads, copies = (norm_reads, 1 + clones) if training else (1, 1)
-    passes = Passes([], [])
-    for unit in units(layer, batch):
+
+    def passes(unit: Unit) -> Passes:
         x, z = unit.x, unit.z
-        there, back = convolution(unit)
-        there = [*there, unit.row("norm", reads * z, z)]
-        back = [unit.row("norm grad", 2 * reads * z, z), *back]
+        forward, backward = convolution(unit)
+        forward = [*forward, unit.row("norm", reads * z, z)]
+        backward = [unit.row("norm grad", 2 * reads * z, z), *backward]
         if unit.relu6:
-            there.append(unit.row("relu6", copies * z, copies * z))
-            back.insert(0, unit.row("relu6 grad", 2 * z, z))
+            forward.append(unit.row("relu6", copies * z, copies * z))
+            backward.insert(0, unit.row("relu6 grad", 2 * z, z))
         if unit.joins:
-            there.append(unit.row("add", 2 * z, z))
+            forward.append(unit.row("add", 2 * z, z))
         if unit.forks:
-            back.append(unit.row("add grads", 2 * x, x))
-        passes = Passes(passes.forward + there, back + passes.backward)
-    return _pooled(layer, batch, passes)
+            backward.append(unit.row("add grads", 2 * x, x))
+        return Passes(forward, backward)
+
+    return joined(map(passes, units(layer, batch)))
 
 
 def ours(layer: LayerShape, batch: int, training: bool) -> Passes:
@@ -241,57 +220,70 @@ def ours(layer: LayerShape, batch: int, training: bool) -> Passes:
 
 
 def compiled(layer: LayerShape, batch: int, training: bool) -> Passes:
-    """Eager convolutions; BatchNorm, ReLU6 and the residual's sum are one kernel, after one that reduces."""
-    if layer.kind == "classifier":
-        return _linear(layer, batch)
-    passes = Passes([], [])
-    for unit in units(layer, batch):
+    """Eager convolutions; BatchNorm, ReLU6 and the sum are one kernel, in training behind one that reduces."""
+
+    def passes(unit: Unit) -> Passes:
         x, z = unit.x, unit.z
-        there, back = torch_convolution(unit)
+        forward, backward = torch_convolution(unit)
         if training:
-            there = [*there, unit.row("statistics", z, 0)]
-        there = [*there, unit.row("pointwise", 2 * z if unit.joins else z, z)]
-        back = [unit.row("sums", 2 * z, 0), unit.row("pointwise grad", 2 * z, z), *back]
+            forward.append(unit.row("statistics", z, 0))
+        forward.append(unit.row("pointwise", 2 * z if unit.joins else z, z))
+        backward = [unit.row("sums", 2 * z, 0), unit.row("pointwise grad", 2 * z, z), *backward]
         if unit.forks:
-            back.append(unit.row("add grads", 2 * x, x))
-        passes = Passes(passes.forward + there, back + passes.backward)
-    return _pooled(layer, batch, passes)
+            backward.append(unit.row("add grads", 2 * x, x))
+        return Passes(forward, backward)
+
+    return joined(map(passes, units(layer, batch)))
 
 
 def epilogue(layer: LayerShape, batch: int, training: bool) -> Passes:
     """Convolutions with all else in their epilogues and loads."""
-    if layer.kind == "classifier":
-        return _linear(layer, batch)
-    passes = Passes([], [])
-    for unit in units(layer, batch):
+
+    def passes(unit: Unit) -> Passes:
         x, z, w = unit.x, unit.z, unit.w
-        there = [unit.row("conv", x + w + (z if unit.joins and not training else 0), z)]
+        forward = [unit.row("conv", x + w + (z if unit.joins and not training else 0), z)]
         if unit.joins and training:
-            there.append(unit.row("norm and add", 2 * z, z))
-        back = [unit.row("weight grad", 2 * z + x, w)]
+            forward.append(unit.row("norm and add", 2 * z, z))
+        backward = [unit.row("weight grad", 2 * z + x, w)]
         if layer.kind != "stem":
-            back.insert(0, unit.row("input grad", 2 * z + w + x + (x if unit.forks else 0), x))
+            backward.insert(0, unit.row("input grad", 2 * z + w + x + (x if unit.forks else 0), x))
         if layer.kind == "head":
-            back.insert(0, unit.row("sums", 2 * z, 0))  # no convolution lies behind it that could make them
-        passes = Passes(passes.forward + there, back + passes.backward)
-    return _pooled(layer, batch, passes)
+            backward.insert(0, unit.row("sums", 2 * z, 0))  # no convolution lies behind it that could make them
+        return Passes(forward, backward)
+
+    return joined(map(passes, units(layer, batch)))
 
 
 def compulsory(layer: LayerShape, batch: int, training: bool) -> Passes:
     """One kernel a layer and direction."""
-    if layer.kind == "classifier":
-        return _linear(layer, batch)
     there = units(layer, batch)
     x, y, w = there[0].x, there[-1].z, sum(unit.w for unit in there)
     row, dx = there[0].row, 0 if layer.kind == "stem" else x
-    return _pooled(layer, batch, Passes([row("forward", x + w, y)], [row("backward", x + y + w, dx + w)]))
+    return Passes([row("forward", x + w, y)], [row("backward", x + y + w, dx + w)])
+
+
+def pool(head: LayerShape, batch: int) -> Passes:
+    """The mean over the head's pixels."""
+    (unit,), mean = units(head, batch), batch * head.c_out * HALF
+    return Passes([unit.row("pool", unit.z, mean)], [unit.row("pool grad", mean, unit.z)])
+
+
+def linear(layer: LayerShape, batch: int) -> Passes:
+    """The classifier's product: one kernel, and one for each gradient."""
+    x, y, w = (number * HALF for number in (batch * layer.c_in, batch * layer.c_out, (layer.c_in + 1) * layer.c_out))
+    row = partial(Row, layer.name, layer.kind, by="torch", shape=f"{layer.c_in} -> {layer.c_out}")
+    return Passes(
+        [row(op="linear", read=x + w, written=y)],
+        [row(op="linear input grad", read=y + w, written=x), row(op="linear weight grad", read=y + x, written=w)],
+    )
 
 
 def rows_of(execution: Execution, layers: Sequence[LayerShape], batch: int, training: bool) -> list[Row]:
     """All rows of the network in the order in which they run."""
-    passes = [execution(layer, batch, training) for layer in layers]
-    backward = [row for layer in reversed(passes) for row in layer.backward] if training else []
-    return [row for layer in passes for row in layer.forward] + backward
+    *convolutional, classifier = layers
+    parts = [execution(layer, batch, training) for layer in convolutional]
+    forward, backward = joined([*parts, pool(convolutional[-1], batch), linear(classifier, batch)])
+    return forward + backward if training else forward
 
 
 def totals(rows: Sequence[Row], batch: int) -> dict[str, float]:
@@ -373,32 +365,22 @@ def table(figures: dict[str, Any]) -> Iterator[str]:
         yield f"{name:12} {total['blocks']:8.2f} {total['network']:8.2f}"
 
 
-def compare(config: TrafficConfig) -> Iterator[tuple[str, bool]]:
-    """Name and figures of each launch of ours, of every distinct shape, and whether its formula is what was counted."""
+def our_calls(config: TrafficConfig, side: int) -> Iterator[Call]:
+    """Launches of ours for one picture of ``side``, those of a shape once."""
     seen = set()
-    for layer in layer_shapes(config.alpha, min(config.resize, COUNTED_SIDE)):
+    for layer in layer_shapes(config.alpha, side):
         for unit in units(layer, 1) if layer.kind == "block" else ():
-            if unit.op != "depthwise" or (unit.shape, unit.stride) in seen:
-                continue
-            seen.add((unit.shape, unit.stride))
-            for call in depthwise_calls(unit, torch.device("cpu"))[: None if config.training else 1]:
-                counter = count(call.launch)
-                pairs = zip(asdict(counter.total).items(), astuple(call.formula), strict=True)
-                figures = ", ".join(f"{name} {counted} / {formula}" for (name, counted), formula in pairs)
-                line = f"{layer.name} {unit.op} {call.op}, {unit.shape}: {figures}, outside {counter.outside}"
-                yield line, counter.total == call.formula and not counter.outside
+            if unit.op == "depthwise" and (unit.shape, unit.stride) not in seen:
+                seen.add((unit.shape, unit.stride))
+                for call in depthwise_calls(unit, torch.device("cpu"))[: None if config.training else 1]:
+                    yield call._replace(name=f"{layer.name} {unit.op} {call.name} {unit.shape}")
 
 
 def check(config: TrafficConfig) -> None:
-    """Print counted beside formula; RunError where they differ."""
+    """Hold the formulas to what is counted; RunError names those that are wrong."""
     side = min(config.resize, COUNTED_SIDE)
     print(f"\nbytes counted / by formula, batch 1, {side} px" + (" (capped)" if side < config.resize else ""))
-    wrong = []
-    for line, equal in compare(config):
-        print(line if equal else f"{line}  DIFFERS", flush=True)
-        if not equal:
-            wrong.append(line.partition(":")[0])
-    if wrong:
+    if wrong := differing(our_calls(config, side)):
         raise RunError(f"formula and count differ: {'; '.join(wrong)}")
 
 
@@ -407,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     config = parse(TrafficConfig, words, "Device-memory traffic of MobileNetV2.")
     command = [sys.executable, "-m", "bench.traffic", *words]
-    if config.count and not common.is_interpreted(depthwise._depthwise_fwd_kernel):
+    if config.count and not common.INTERPRETED:
         # Triton reads the variable where kernels are defined, which is done: once more, in a process of its own.
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
 

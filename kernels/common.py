@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 PADDINGS = ("symmetric", "same")
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CAPABILITY = (8, 0)  # the oldest GPUs that the kernels are compiled and checked for
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1, which Triton reads where a kernel is defined
 
 
 class BatchNorm(NamedTuple):
@@ -108,15 +108,9 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def is_interpreted(kernel: Any) -> bool:
-    """Whether TRITON_INTERPRET=1 was set when ``kernel`` was defined."""
-    return not isinstance(kernel, JITFunction)
-
-
-@functools.cache
-def unsupported_device(device: torch.device, kernel: Any) -> str | None:
-    """Why ``kernel`` can't run on tensors of ``device``, or None."""
-    if is_interpreted(kernel):
+def unsupported_device(device: torch.device) -> str | None:
+    """Why kernels can't run on tensors of ``device``, or None."""
+    if INTERPRETED:
         return None
     if device.type != "cuda":
         return f"expected a CUDA tensor (or TRITON_INTERPRET=1 for CPU tensors), got one on {device}"

@@ -6,6 +6,8 @@ the kernels do not serve. Precision is torch's own, autocast included.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,6 +74,7 @@ def inverted_residual(
     stride: int,
     residual: bool,
     padding: str = "symmetric",
+    depthwise: Callable[..., Tensor] = depthwise_conv2d,
 ) -> Tensor:
     """Inverted residual: expand 1x1, depthwise 3x3, project 1x1, each with BatchNorm, ReLU6 after the first two.
 
@@ -86,6 +89,7 @@ def inverted_residual(
         stride: 1 or 2, of the depthwise convolution.
         residual: add ``x`` to the result; needs stride 1 and c_in equal to c_out.
         padding: of the depthwise convolution, ``"symmetric"`` or TensorFlow's ``"same"``.
+        depthwise: the operation of the depthwise convolution, with the arguments of ``depthwise_conv2d``.
 
     Returns:
         ``[N, c_out, ceil(H / stride), ceil(W / stride)]`` in channels_last.
@@ -106,7 +110,7 @@ def inverted_residual(
     a = x
     if expand_weight is not None and expand_norm is not None:
         a = F.relu6(batch_norm(conv2d(x, expand_weight), expand_norm), inplace=True)
-    d = conv2d(a, depthwise_weight, stride=stride, groups=depthwise_weight.shape[0], padding=padding)
+    d = depthwise(a, depthwise_weight, stride=stride, padding=padding)
     b = F.relu6(batch_norm(d, depthwise_norm), inplace=True)
     y = batch_norm(conv2d(b, project_weight), project_norm)
     return torch.add(x, y) if residual else y

@@ -5,6 +5,7 @@ Source: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlen
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import BatchNorm, reference
-from kernels.common import check_padding
+from kernels import BatchNorm, depthwise_conv2d, reference
+from kernels.common import BACKENDS, check_choice, check_padding
 
 # (expand ratio t, output channels c at alpha 1, repeats n, stride s of the first repeat)
 BLOCKS = (
@@ -38,7 +39,6 @@ VARIANTS = {
     0.5: (224, 192, 160, 128, 96),
     0.35: (224, 192, 160, 128, 96),
 }
-BACKENDS = ("auto", "triton", "torch")
 
 
 @dataclass(frozen=True)
@@ -137,25 +137,40 @@ def check_alpha(alpha: float) -> None:
 
 
 class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` without bias whose padding is "symmetric" or TensorFlow's "same"."""
+    """``nn.Conv2d`` without bias whose padding is "symmetric" or TensorFlow's "same"; depthwise ones have a backend."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, groups: int, padding: str):
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int, stride: int, groups: int, padding: str, backend: str = "torch"
+    ):
         super().__init__(c_in, c_out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
         self.padding_rule = padding
+        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``[N, c_in, H, W]`` to ``[N, c_out, ceil(H / stride), ceil(W / stride)]``."""
-        return reference.conv2d(x, self.weight, stride=self.stride[0], groups=self.groups, padding=self.padding_rule)
+        stride, padding = self.stride[0], self.padding_rule
+        if self.groups > 1:
+            return depthwise_conv2d(x, self.weight, stride=stride, padding=padding, backend=self.backend)
+        return reference.conv2d(x, self.weight, stride=stride, padding=padding)
 
 
 class ConvNormAct(nn.Sequential):
     """Convolution, BatchNorm, ReLU6: torchvision's ``Conv2dNormActivation`` with its names 0, 1, 2."""
 
     def __init__(
-        self, c_in: int, c_out: int, kernel: int, *, stride: int = 1, groups: int = 1, padding: str, norm_eps: float
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        padding: str,
+        norm_eps: float,
+        backend: str = "torch",
     ):
         super().__init__(
-            Conv2d(c_in, c_out, kernel, stride, groups, padding),
+            Conv2d(c_in, c_out, kernel, stride, groups, padding, backend),
             nn.BatchNorm2d(c_out, eps=norm_eps),
             nn.ReLU6(inplace=True),
         )
@@ -168,16 +183,26 @@ class InvertedResidual(nn.Module):
     inside ``conv`` do not.
     """
 
-    def __init__(self, shape: LayerShape, *, padding: str, norm_eps: float):
+    def __init__(self, shape: LayerShape, *, padding: str, norm_eps: float, backend: str):
         super().__init__()
         self.shape = shape
         self.padding = padding
+        self.backend = backend
         c_mid = shape.c_mid
         layers: list[nn.Module] = []
         if shape.expand_macs:
             layers.append(ConvNormAct(shape.c_in, c_mid, 1, padding=padding, norm_eps=norm_eps))
         layers.append(
-            ConvNormAct(c_mid, c_mid, 3, stride=shape.stride, groups=c_mid, padding=padding, norm_eps=norm_eps)
+            ConvNormAct(
+                c_mid,
+                c_mid,
+                3,
+                stride=shape.stride,
+                groups=c_mid,
+                padding=padding,
+                norm_eps=norm_eps,
+                backend=backend,
+            )
         )
         layers.append(Conv2d(c_mid, shape.c_out, 1, 1, 1, padding))
         layers.append(nn.BatchNorm2d(shape.c_out, eps=norm_eps))
@@ -200,6 +225,7 @@ class InvertedResidual(nn.Module):
             stride=self.shape.stride,
             residual=self.shape.residual,
             padding=self.padding,
+            depthwise=functools.partial(depthwise_conv2d, backend=self.backend),
         )
 
 
@@ -238,8 +264,9 @@ class MobileNetV2(nn.Module):
         alpha: width multiplier; the published ones are ``VARIANTS``, any other positive number works.
         num_classes: outputs of the classifier.
         dropout: probability of dropping a pooled feature in training.
-        backend: "torch" runs every block through PyTorch (cuDNN on a GPU); "auto" takes the fastest path there is for
-            the device, which is "torch" in this version; "triton" is refused while no kernel serves it.
+        backend: how the depthwise convolutions run, as in ``kernels.depthwise_conv2d``: "auto" by Triton kernels on
+            NVIDIA GPUs of compute capability 8.0 and newer and by PyTorch elsewhere, "triton" by the kernels or with an
+            error that says why not, "torch" by PyTorch. The numbers are the same within rounding.
         padding: "symmetric" (torchvision) or "same" (TensorFlow's, asymmetric at stride 2).
         norm_eps: epsilon of every BatchNorm; TensorFlow's weights want 1e-3.
 
@@ -257,10 +284,7 @@ class MobileNetV2(nn.Module):
         norm_eps: float = 1e-5,
     ):
         super().__init__()
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-        if backend == "triton":
-            raise ValueError("backend: 'triton' has no kernels in this version; use 'auto' or 'torch'")
+        check_choice("backend", backend, BACKENDS)
         check_padding(padding)
         if not (math.isfinite(norm_eps) and norm_eps > 0):
             raise ValueError(f"norm_eps: expected a positive number, got {norm_eps!r}")
@@ -273,7 +297,7 @@ class MobileNetV2(nn.Module):
         self.norm_eps = norm_eps
         self.features = nn.Sequential(
             ConvNormAct(3, stem.c_out, 3, stride=2, padding=padding, norm_eps=norm_eps),
-            *[InvertedResidual(shape, padding=padding, norm_eps=norm_eps) for shape in blocks],
+            *[InvertedResidual(shape, padding=padding, norm_eps=norm_eps, backend=backend) for shape in blocks],
             ConvNormAct(head.c_in, head.c_out, 1, padding=padding, norm_eps=norm_eps),
         )
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(classifier.c_in, num_classes))

@@ -51,7 +51,9 @@ def device(request):
 
     with sanitize.session(cc=80) as session:
         yield torch.device("cuda")
-        assert session.races_unchecked == 0, "a launch is too large to be checked for races: make the test's shape smaller"
+        assert session.races_unchecked == 0, (
+            "a launch is too large to be checked for races: make the test's shape smaller"
+        )
 
 
 @pytest.fixture(autouse=True)

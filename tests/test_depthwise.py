@@ -10,7 +10,7 @@ import torch
 from numerics import assert_parity
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import depthwise, depthwise_conv2d, partials, reference
+from kernels import DepthwiseConv2d, common, depthwise, depthwise_conv2d, partials, reference
 from mnv2.model import layer_shapes
 
 CASES = {
@@ -71,8 +71,8 @@ def results(op, x, weight, dy, stride, padding):
     return y.detach(), x.grad, weight.grad
 
 
-@pytest.mark.parametrize(("shape", "stride", "padding"), list(cases()))
-def test_output_and_gradients(shape, stride, padding, dtype, device, place):
+def check(shape, stride, padding, dtype, device, place):
+    """Hold output and gradients of fresh inputs to fp64."""
     x, weight, dy = map(place, operands(shape, dtype, device, stride))
     got = results(kernels, x, weight, dy, stride, padding)
     truth = results(torchs, x.double(), weight.double(), dy.double(), stride, padding)
@@ -81,6 +81,11 @@ def test_output_and_gradients(shape, stride, padding, dtype, device, place):
         assert_parity(name, *values)
     assert got[0].is_contiguous(memory_format=torch.channels_last)
     assert got[1].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("shape", "stride", "padding"), list(cases()))
+def test_output_and_gradients(shape, stride, padding, dtype, device, place):
+    check(shape, stride, padding, dtype, device, place)
 
 
 class Calls(TorchDispatchMode):
@@ -133,7 +138,9 @@ def test_partial_sums_of_more_than_one_block(device, place):
 
 
 def test_no_programs_sum_to_zero(device, place):
-    assert torch.equal(partials.sum_partials(torch.empty(0, 9, 4, device=device), torch.float16).cpu(), torch.zeros(4, 9).half())
+    assert torch.equal(
+        partials.sum_partials(torch.empty(0, 9, 4, device=device), torch.float16).cpu(), torch.zeros(4, 9).half()
+    )
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -155,7 +162,7 @@ FAR = {
 def test_offsets_beyond_2_to_the_31(shape, sizes, request):
     if request.config.getoption("--sanitize") or torch.cuda.is_available():
         pytest.skip("needs memory that is only reserved: the interpreter's")
-    N, C, H, W = shape
+    N, _, _, W = shape
     x, y, dx = (torch.empty(shape, dtype=torch.float16, memory_format=torch.channels_last) for _ in range(3))
     rows = sizes["ROWS"]
     near = operands((N, 32, rows + 1, W), torch.float16, "cpu")[0]
@@ -170,3 +177,197 @@ def test_offsets_beyond_2_to_the_31(shape, sizes, request):
     want_dx = torchs(near.double(), weight.double().flip(2, 3), 1, "symmetric")[:, :, : rows - 1]
     for name, got, truth in (("y", y, want), ("dx", dx, want_dx)):
         assert_parity(name, got[:, :32, : rows - 1], truth, truth.half())
+
+
+# What torch asks of an operation.
+
+
+def test_operations_are_what_they_declare(device):
+    x, weight, dy = operands((2, 8, 5, 6), torch.float32, device, 2)
+    for needs_grad in (False, True):
+        leaves = x.detach().requires_grad_(needs_grad), weight.detach().requires_grad_(needs_grad)
+        torch.library.opcheck(depthwise.depthwise_fwd, (*leaves, 2, "same"))
+    torch.library.opcheck(depthwise.depthwise_input_grad, (dy, weight, 5, 6, 2, "same"))
+    torch.library.opcheck(depthwise.depthwise_weight_grad, (dy, x, weight, 2, "same"))
+    torch.library.opcheck(depthwise.depthwise_grads, (dy, x, weight, 2, "same"))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_without_a_graph_break(dynamic, device):
+    x, weight, dy = operands((2, 8, 5, 6), torch.float32, device, 2)
+    compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    want = results(kernels, x, weight, dy, 2, "symmetric")
+    assert all(map(torch.equal, results(compiled, x, weight, dy, 2, "symmetric"), want))
+
+
+def test_exported_with_any_batch(device):
+    module = DepthwiseConv2d(8, 8, 3, 2, 1, groups=8, backend="triton", device=device)
+    x = operands((2, 8, 5, 6), torch.float32, device)[0]
+    exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    more = operands((3, 8, 5, 6), torch.float32, device)[0]
+    assert torch.equal(exported.module()(more), module(more))
+
+
+def test_a_gradient_of_a_gradient_is_refused(device):
+    x, weight, _ = operands((1, 8, 3, 3), torch.float32, device)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(kernels(x, weight, 1, "symmetric").square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="gradients can't be differentiated again; take backend='torch'"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_autocast(half, device, place):
+    x, weight, _ = map(place, operands((2, 8, 6, 5), torch.float32, device))
+    x.requires_grad_(), weight.requires_grad_()
+    with torch.autocast(device.type, half):
+        y = kernels(x, weight, 1, "symmetric")
+        torch_y = torchs(x, weight, 1, "symmetric")
+    assert_parity("y", y, torchs(x.to(half).double(), weight.to(half).double(), 1, "symmetric"), torch_y)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    assert (x.grad.dtype, weight.grad.dtype) == (torch.float32, torch.float32)
+    rounded = results(torchs, x.to(half).double(), weight.to(half).double(), dy.double(), 1, "symmetric")[2]
+    # fp32 as it was summed, where torch rounds it to half precision on the way
+    assert_parity("dw", weight.grad, rounded, rounded.float())
+
+
+@pytest.mark.parametrize("layout", ["one number", "NCHW", "a view"])
+def test_gradients_arrive_in_any_layout(layout, device, place):
+    x, weight, dy = operands((2, 8, 5, 6), torch.float32, device)
+    dy = {
+        "one number": torch.ones(1, 1, 1, 1, device=device).expand(dy.shape),
+        "NCHW": dy.contiguous(),
+        "a view": dy.flip(3).transpose(2, 3).contiguous().transpose(2, 3),
+    }[layout]
+    got = results(kernels, x, weight, dy, 1, "symmetric")
+    want = results(kernels, x, weight, dy.contiguous(memory_format=torch.channels_last), 1, "symmetric")
+    assert all(map(torch.equal, got, want))
+
+
+def test_inputs_may_start_anywhere_in_memory(dtype, device):
+    x, weight, dy = operands((2, 16, 5, 6), dtype, device)
+    off = [torch.empty(t.numel() + 1, dtype=dtype, device=device)[1:] for t in (x, weight, dy)]
+    off = [o.as_strided(t.shape, t.stride()).copy_(t) for o, t in zip(off, (x, weight, dy), strict=True)]
+    want = results(kernels, x, weight, dy, 1, "symmetric")
+    assert all(map(torch.equal, results(kernels, *off, 1, "symmetric"), want))
+
+
+# Bad input.
+
+
+def nhwc(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+WRONG = {  # for every backend
+    "integers": ((nhwc(1, 8, 4, 4).int(), torch.zeros(8, 1, 3, 3)), {}, TypeError, "x: expected a floating-point"),
+    "dimensions": ((torch.zeros(8, 4, 4), torch.zeros(8, 1, 3, 3)), {}, ValueError, "x: expected 4 dimensions"),
+    "channels": (
+        (nhwc(1, 8, 4, 4), torch.zeros(16, 1, 3, 3)),
+        {},
+        ValueError,
+        r"weight: expected \[8, 1, 3, 3\], one filter for each channel of x, got shape \(16, 1, 3, 3\)",
+    ),
+    "groups": ((nhwc(1, 8, 4, 4), torch.zeros(8, 2, 3, 3)), {}, ValueError, r"weight: expected \[8, 1, 3, 3\]"),
+    "two types": (
+        (nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3).half()),
+        {},
+        TypeError,
+        r"weight: expected x's type torch.float32 \(or autocast\), got torch.float16",
+    ),
+    "two devices": (
+        (nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3, device="meta")),
+        {},
+        ValueError,
+        "weight: expected x's device cpu, got meta",
+    ),
+    "stride 0": ((nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3)), {"stride": 0}, ValueError, "stride: expected 1 or 2"),
+    "stride pair": (
+        (nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3)),
+        {"stride": (1, 1)},
+        ValueError,
+        r"stride: expected 1 or 2, got \(1, 1\)",
+    ),
+    "padding": (
+        (nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3)),
+        {"padding": "valid"},
+        ValueError,
+        "padding: expected one of .*, got 'valid'",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+@pytest.mark.parametrize(("tensors", "options", "error", "match"), WRONG.values(), ids=WRONG.keys())
+def test_what_no_backend_can_run(tensors, options, error, match, backend):
+    with pytest.raises(error, match=match):
+        depthwise_conv2d(*tensors, **options, backend=backend)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend: expected one of .*, got 'cuda'"):
+        depthwise_conv2d(nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3), backend="cuda")
+
+
+UNSUPPORTED = {  # by the kernels
+    "fp64": (lambda: (nhwc(1, 8, 4, 4).double(), torch.ones(8, 1, 3, 3).double()), {}, "x: expected float16"),
+    "NCHW": (
+        lambda: (torch.zeros(2, 8, 4, 4), torch.ones(8, 1, 3, 3)),
+        {},
+        "x: expected channels_last .* convert once",
+    ),
+    "some channels": (lambda: (nhwc(2, 16, 4, 4)[:, :8], torch.ones(8, 1, 3, 3)), {}, "x: expected channels_last"),
+    "5x5": (lambda: (nhwc(1, 8, 6, 6), torch.ones(8, 1, 5, 5)), {}, "weight: expected a kernel of 3 x 3, got 5 x 5"),
+    "weight's strides": (
+        lambda: (nhwc(1, 8, 4, 4), torch.ones(8, 1, 3, 3).transpose(2, 3)),
+        {},
+        r"weight: expected contiguous memory, got strides \(9, 9, 1, 3\)",
+    ),
+    "stride 3": (lambda: (nhwc(1, 8, 6, 6), torch.ones(8, 1, 3, 3)), {"stride": 3}, "stride: expected 1 or 2, got 3"),
+}
+
+
+@pytest.mark.parametrize(("make", "options", "match"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
+def test_what_the_kernels_refuse_runs_by_torch_under_auto(make, options, match, device):
+    with device:
+        x, weight = make()
+    x.normal_()
+    with pytest.raises(ValueError, match=match):
+        depthwise_conv2d(x, weight, **options, backend="triton")
+    with Calls() as calls:
+        y = depthwise_conv2d(x, weight, **options)
+    assert calls.names == []
+    assert torch.equal(y, reference.depthwise_conv2d(x, weight, **options))
+
+
+def test_auto_leaves_a_cpu_to_torch_even_where_the_interpreter_could_run_it(device):
+    x, weight, _ = operands((1, 8, 4, 4), torch.float32, device)
+    with Calls() as calls:
+        depthwise_conv2d(x, weight)
+    assert calls.names == ([] if device.type == "cpu" else ["depthwise_fwd"])
+
+
+def test_a_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    x, weight = nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3)
+    with pytest.raises(ValueError, match=r"x: expected a CUDA tensor \(or TRITON_INTERPRET=1 for CPU .*one on cpu"):
+        depthwise_conv2d(x, weight, backend="triton")
+    assert torch.equal(depthwise_conv2d(x, weight), torch.zeros(1, 8, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "match"),
+    [
+        (None, (7, 5), "x: expected a GPU of compute capability 8.0 or newer, got 7.5 (Old GPU)"),
+        ("7.0", (9, 4), "x: expected an NVIDIA GPU, got Old GPU"),
+        (None, (8, 0), None),
+    ],
+)
+def test_unsupported_gpus(hip, capability, match, monkeypatch):
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    problem = common.unsupported_device(torch.device("cuda:0"))
+    assert problem == (match and match.removeprefix("x: "))

@@ -1,0 +1,353 @@
+"""The ahead-of-time report: reading of code, specialisation as at a launch, judgement, record, command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton.language as tl
+from processes import ROOT, environment
+from triton.runtime.jit import JITFunction
+
+from bench import aot, sass
+from kernels.common import Launch
+
+FACTS = {
+    "warps": 2,
+    "registers": 128,
+    "spill": 0,
+    "shared": 256,
+    "tensor_columns": 0,
+    "tensor_core": "",
+    "instructions": 150,
+    "loop": 100,
+    "loops": 1,
+    "copied": 0,
+}
+
+
+def listing(*lines: str) -> str:
+    """As nvdisasm writes it: labels end in a colon, all else are instructions."""
+    out, address = [], 0
+    for line in lines:
+        if line.endswith(":"):
+            out.append(line)
+            continue
+        predicate, _, rest = line.rpartition("  ")
+        out.append(f"        /*{address:04x}*/   {predicate:>10} {rest} ;")
+        address += 16
+    return "\n".join([".text.kernel:", *out])
+
+
+LOOP = listing(
+    "MOV R1, c[0x0][0x28]",
+    "@P0  EXIT",
+    ".L_x_1:",
+    "BAR.SYNC.DEFER_BLOCKING 0x0",
+    *["FFMA R0, R1, R2, R3"] * 10,
+    "@!P1  BRA `(.L_x_2)",  # to a slow path that comes back
+    ".L_x_3:",
+    "ISETP.GE.AND P0, PT, R18, 0x1, PT",
+    "@!P0  BRA `(.L_x_1)",
+    "EXIT",
+    ".L_x_2:",
+    *["IADD3 R0, R0, 0x1, RZ"] * 9,
+    "BRA `(.L_x_3)",
+    ".L_x_4:",
+    "BRA `(.L_x_4)",
+    "NOP",
+)
+
+
+def test_a_loop_holds_its_slow_path_and_padding_is_no_code():
+    instructions = sass.parse(LOOP)
+    reachable, loops = sass.flow(instructions)
+    assert len(instructions) == 2 + 14 + 1 + 10 + 2
+    assert reachable == set(range(27))
+    assert loops == (set(range(2, 16)) | set(range(17, 27)),)
+
+
+def test_an_outer_loop_holds_the_inner_and_short_ones_are_left_out():
+    text = listing(
+        ".L_x_0:",
+        *["FADD R0, R0, R1"] * 4,
+        ".L_x_1:",
+        *["FMUL R0, R0, R1"] * 9,
+        "@P0  BRA `(.L_x_1)",
+        ".L_x_2:",
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R5], R6",
+        "@!P1  BRA `(.L_x_2)",
+        "BRA.U UP0, `(.L_x_0)",  # its condition is an operand
+        "EXIT",
+    )
+    assert list(map(len, sass.flow(sass.parse(text)).loops)) == [17, 10]
+
+
+def test_code_without_a_loop():
+    reachable, loops = sass.flow(sass.parse(listing("MOV R1, R2", "BRA.DIV UR4, `(.L_x_0)", "EXIT", ".L_x_0:", "EXIT")))
+    assert (reachable, loops) == ({0, 1, 2, 3}, ())
+    assert sass.flow([]) == (set(), ())
+
+
+def test_spills_are_the_bytes_stored_to_local_memory():
+    text = listing(
+        "STL [R1], R0",
+        "STL.64 [R1+0x8], R2",
+        "@P0  STL.128 [R1+0x10], R4",
+        "STL.U8 [R1+0x20], R4",
+        "STL.S16 [R1+0x22], R4",
+        "LDL.LU.128 R4, [R1+0x10]",
+        "STG.E.128 desc[UR6][R4.64], R4",
+    )
+    assert sass.spilled_bytes(sass.parse(text)) == 4 + 8 + 16 + 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("opcode", "name"),
+    [
+        ("HMMA.16816.F32 R4, R8, R12, R4", "HMMA"),
+        ("HGMMA.64x64x16.F32 R24, gdesc[UR8], R24", "HGMMA"),
+        ("UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8]", "UTCHMMA"),
+        ("FFMA R0, R1, R2, R3", ""),
+    ],
+)
+def test_tensor_cores_are_recognised(opcode, name):
+    assert sass.tensor_core(sass.parse(listing(opcode, "EXIT"))) == name
+
+
+@pytest.mark.parametrize(
+    ("cap", "registers", "shared", "warps", "share"),
+    [
+        (90, 32, 0, 4, 1.0),
+        (90, 128, 0, 2, 16 / 64),
+        (90, 133, 0, 2, 12 / 64),  # 136 a thread, so 3 warps for each of four schedulers
+        (86, 128, 0, 2, 16 / 48),
+        (86, 32, 0, 1, 16 / 48),  # 16 blocks
+        (80, 32, 100 * 1024, 4, 4 / 64),
+        (80, 32, 81 * 1024, 4, 8 / 64),  # with 1 KiB reserved, exactly two
+        (80, 32, 81 * 1024 + 1, 4, 4 / 64),
+        (90, 255, 0, 16, 0.0),
+    ],
+)
+def test_occupancy(cap, registers, shared, warps, share):
+    assert sass.occupancy(cap, registers, shared, warps) == pytest.approx(share)
+
+
+def test_bounds_count_the_loop_for_each_trip():
+    h100 = sass.DEVICES[90]
+    inner, hbm, issue = sass.bounds(90, FACTS, programs=10, trips=7, touched=3_350)
+    assert inner == 10 * 2 * 100 * 7
+    assert hbm == pytest.approx(1e-9)
+    assert issue == pytest.approx(10 * 2 * (50 + 100 * 7) / (132 * 4 * h100.clock))
+    straight, _, issue = sass.bounds(90, {**FACTS, "loop": 0}, programs=10, trips=1, touched=0)
+    assert straight == pytest.approx(issue * 132 * 4 * h100.clock) == 10 * 2 * 150
+
+
+@pytest.mark.parametrize(
+    ("cap", "facts", "declared", "problem"),
+    [
+        (90, {}, 0, None),
+        (90, {"spill": 16}, 16, None),
+        (90, {"spill": 16}, 8, "spills 16 bytes a thread, its tile declares 8"),
+        (90, {"shared": 227 * 1024}, 0, None),
+        (86, {"shared": 100 * 1024}, 0, "shared memory of 102400 bytes"),
+        (90, {"warps": 16}, 0, None),
+        (90, {"warps": 16, "registers": 129}, 0, "129 registers x 512 threads"),
+        (90, {"warps": 64, "registers": 16}, 0, "2048 threads"),
+        (100, {"tensor_columns": 1024}, 0, "1024 columns"),
+    ],
+)
+def test_what_a_device_would_refuse(cap, facts, declared, problem):
+    found = sass.problems(cap, {**FACTS, **facts}, declared)
+    assert [problem in line for line in found] == ([] if problem is None else [True])
+
+
+def _kernel(a_ptr, b_ptr, c_ptr, n, m, one, big, size, W, BLOCK: tl.constexpr):
+    tl.store(a_ptr + n + m + one + big + size + W, BLOCK)
+
+
+def test_arguments_are_specialised_as_at_a_launch():
+    half = torch.empty(8, dtype=torch.bfloat16, device="meta")
+    pointers = {"a_ptr": half, "b_ptr": None, "c_ptr": half.float()}
+    arguments = {**pointers, "n": 32, "m": 31, "one": 1, "big": 2**31, "size": 32, "W": 1, "BLOCK": 64}
+    launch = Launch(JITFunction(_kernel, do_not_specialize=["size", "W"]), (1,), arguments, num_warps=2, num_stages=3)
+    signature, constants, attributes, options = sass.source(launch, 90)
+    assert list(signature.values()) == [
+        *("*bf16", "constexpr", "*fp32", "i32", "i32", "constexpr", "i64", "i32", "i32", "constexpr")
+    ]
+    assert constants == {(1,): None, (5,): 1, (9,): 64}
+    aligned = [["tt.divisibility", 16]]
+    assert {at: value for at, value in attributes.items() if value} == dict.fromkeys([(0,), (2,), (3,), (6,)], aligned)
+    assert (options["num_warps"], options["num_stages"], options["arch"]) == (2, 3, "sm90")
+
+    def key(cap=90, warps=2, **changes):
+        return sass.key(launch._replace(arguments={**arguments, **changes}, num_warps=warps), cap)
+
+    assert key() == key(n=64, m=33, size=33, W=5)  # one kernel serves them all
+    others = {key(n=33), key(m=1), key(one=3), key(BLOCK=32), key(a_ptr=half.half()), key(b_ptr=half)}
+    assert len(others | {key(), key(cap=80), key(warps=4)}) == 9
+
+
+def test_the_sample_and_the_whole():
+    sample, every = aot.sample(sass.DEVICES), aot.every(sass.DEVICES)
+    assert set(sample) < set(every)
+    assert {case.cap for case in sample} == set(sass.DEVICES)
+    whole = {(case.C, case.side, case.stride) for case in sample if case.cap == 90 and case.kernel == "depthwise_bwd"}
+    assert {(32, 112, 1), (96, 112, 2), (960, 7, 1)} < whole
+    assert len(whole) == 10
+    assert aot.Case(80, "depthwise_fwd", 1344, 7, 1) in every  # alpha 1.4
+    assert len({case.name for case in every}) == len(every)
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Three rows, two of which share a kernel, in place of the plan; facts in place of the compiler's."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    launch = Launch(SimpleNamespace(params=[]), (10,), {}, num_warps=2, spill_bytes=8)
+    cases = [aot.Case(90, "depthwise_fwd", 32, side, 1) for side in (112, 56, 28)]
+    rows = [aot.Row(case, aot.Work(launch, 1000, 7, 1000), key) for case, key in zip(cases, "abb", strict=True)]
+    state = SimpleNamespace(rows=rows, facts={"a": FACTS, "b": FACTS}, stop_after=None, asked=[])
+    monkeypatch.setattr(aot, "plan", lambda cases: state.rows)
+
+    def compile_all(jobs):
+        for n, name in enumerate(jobs):
+            if n == state.stop_after:
+                raise KeyboardInterrupt
+            state.asked.append(name)
+            yield name, state.facts[name]
+
+    monkeypatch.setattr(aot, "compile_all", compile_all)
+    return state
+
+
+def test_an_undeclared_spill_fails_and_names_its_rows(rows, capsys):
+    assert aot.main([]) == 0
+    rows.facts = {"a": {**FACTS, "spill": 8}, "b": {**FACTS, "spill": 12}}
+    assert aot.main([]) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        f"depthwise_fwd 32x{side}x{side}/1 fp16 sm_90: spills 12 bytes a thread, its tile declares 8"
+        for side in (56, 28)
+    ]
+    assert "3 rows, of which 3 spill and 2 fail; 2 kernels compiled" in out
+
+
+def test_an_interrupted_record_is_taken_up_again(rows, tmp_path, capsys):
+    file = tmp_path / "aot.json"
+    command = ["--all", "--json", str(file)]
+    rows.stop_after = 1
+    assert aot.main(command) == 130
+    assert capsys.readouterr().err == f"interrupted: 1 of 2 kernels compiled, kept in {file}\n"
+    assert [row["key"] for row in json.loads(file.read_text())["rows"]] == ["a"]
+
+    rows.stop_after, rows.asked = None, []
+    assert aot.main(command) == 0
+    assert rows.asked == ["b"]
+    record = file.read_text()
+    assert sorted(row["key"] for row in json.loads(record)["rows"]) == ["a", "b", "b"]
+
+    assert aot.main(command) == 0
+    assert (rows.asked, file.read_text()) == (["b"], record)
+
+    rows.rows = rows.rows[1:]  # "a" is wanted no more
+    assert aot.main([*command, "--only", "28x28"]) == 0
+    assert json.loads(file.read_text())["compiled"].keys() == {"b"}
+    assert len(json.loads(file.read_text())["rows"]) == 2
+    assert os.listdir(tmp_path) == ["aot.json"]
+
+
+def test_what_does_not_compile_fails_alone_and_is_tried_again(rows, tmp_path, capsys):
+    file = tmp_path / "aot.json"
+    rows.facts = {"a": {"error": "CompilationError: at 3:4"}, "b": FACTS}
+    assert aot.main(["--all", "--json", str(file)]) == 1
+    assert "32x112x112/1 fp16 sm_90: does not compile: CompilationError: at 3:4\n" in capsys.readouterr().err
+    assert json.loads(file.read_text())["compiled"].keys() == {"b"}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}'])
+def test_another_file_is_no_record(rows, tmp_path, capsys, text):
+    file = tmp_path / "aot.json"
+    file.write_text(text)
+    assert aot.main(["--all", "--json", str(file)]) == 2
+    assert capsys.readouterr().err.startswith(f"{file}: expected a record of bench.aot, got ")
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["--cap", "75"], "--cap: expected some of 80,86,90,100,120, got '75'"),
+        (["--json", "/nowhere/aot.json"], "--json: expected a file in a folder that exists, got '/nowhere/aot.json'"),
+    ],
+)
+def test_bad_arguments(words, cause, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        aot.main(words)
+    assert cause in capsys.readouterr().err
+
+
+def test_no_row_of_that_name(rows, capsys):
+    assert aot.main(["--only", "pointwise"]) == 2
+    assert capsys.readouterr().err == "--only: expected a part of a row's name, got 'pointwise'\n"
+
+
+def run_aot(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
+    variables = environment(**more)
+    if "TRITON_INTERPRET" not in more:
+        variables.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "bench.aot", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=variables)
+
+
+def test_the_interpreter_is_refused():
+    done = run_aot(TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("TRITON_INTERPRET: unset it")
+    assert (done.stderr.count("\n"), done.stdout) == (1, "")
+
+
+def test_two_kernels_are_compiled_and_recorded(tmp_path):
+    file = tmp_path / "aot.json"
+    done = run_aot("--cap", "80,90", "--only", "sum_partials 32x112x112/1 fp16", "--json", file, TMPDIR=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert aot.NOTE in done.stdout
+    assert "2 rows, of which 0 spill and 0 fail; 2 kernels compiled, 0 reused;" in done.stdout
+    record = json.loads(file.read_text())
+    assert record.keys() == {"command", "note", "versions", "compiled", "rows"}
+    assert record["versions"].keys() == {"torch", "triton"}
+    assert [row["cap"] for row in record["rows"]] == [80, 90]
+    for row in record["rows"]:
+        facts = record["compiled"][row["key"]]
+        assert facts.keys() == FACTS.keys()
+        assert facts["loops"] == 1
+        assert facts["instructions"] > facts["loop"] > 16  # a load for each of 256 x 8 partials to 128 threads
+        assert row["tile"] == {"num_warps": 4, "BLOCK_P": 256, "BLOCK_N": 8}
+        assert row["registers"] > 16
+        assert 0 < row["occupancy"] < 1
+        assert 0 < row["issue_us"] < 1
+        assert 0 < row["hbm_us"] < 1
+        assert row["instructions_an_element"] * 16 > facts["loop"]  # sixteen elements a thread and trip, some of none
+    assert os.listdir(tmp_path) == ["aot.json"]  # no cache is left behind
+
+
+SPILL = """
+from bench import aot, sass
+case = aot.Case(90, "depthwise_dw", 32, 14, 1)
+launch = aot.WORK[case.kernel](case).launch
+launch = launch._replace(arguments={**launch.arguments, "BLOCK_M": 32}, num_warps=2)
+row = aot.Row(case, aot.Work(launch, 1, 1, 1), "key")
+print(*aot.failures([row], {"key": sass.compile_launch(launch, 90)}))
+"""
+
+
+def test_a_tile_too_large_for_the_registers_spills(tmp_path):
+    variables = environment(TRITON_CACHE_DIR=str(tmp_path))
+    variables.pop("TRITON_INTERPRET", None)
+    words = [sys.executable, "-c", SPILL]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT, env=variables)
+    assert done.stdout.startswith("depthwise_dw 32x14x14/1 fp16 sm_90: spills "), done.stderr

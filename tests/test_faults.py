@@ -1,0 +1,88 @@
+"""The test bed finds what it is there to find: kernels with a planted fault fail the depthwise op's own check."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from test_depthwise import check
+
+from kernels import depthwise
+
+# fault: (kernel, what its source says, what it says with the fault, how the check fails, how it fails in ttsem)
+FAULTS = {
+    "wrong tap": (
+        "_depthwise_fwd_kernel",
+        "r0[j * STRIDE + k] * w[k]",
+        "r0[j * STRIDE + k] * w[2 - k]",
+        "y: error .* at .* allowed",
+        "y: error .* at .* allowed",
+    ),
+    "unwritten output": (
+        "_depthwise_fwd_kernel",
+        "mask=mask & (x_out + j < W_out)[:, None]",
+        "mask=mask & (x_out + j < W_out - 1)[:, None]",
+        "y: .* values are not finite",
+        "y: .* values are not finite",
+    ),
+    "unwritten gradient": (
+        "_depthwise_bwd_kernel",
+        "tl.store(out + t * C, tl.sum(sums[t], axis=0), mask=offs_c < C)",
+        "tl.store(out + t * C, tl.sum(sums[t], axis=0), mask=offs_c < C - 1)",
+        "dw: .* values are not finite",
+        "dw: .* values are not finite",
+    ),
+    "read past the end": (
+        "_depthwise_fwd_kernel",
+        "inside = mask & (y >= 0) & (y < H)",
+        "inside = mask & (y >= 0)",
+        "y: .* values are not finite",
+        "reads .* past the end of the tensor passed as `x_ptr`",
+    ),
+    "write before the start": (
+        "_depthwise_bwd_kernel",
+        "ok = mask & (y >= 0) & (y < H)",
+        "ok = mask & (y < H)",
+        "wrote outside a buffer",
+        "before the start of the tensor passed as `dx_ptr`",
+    ),
+    "two programs write one row": (
+        "_depthwise_fwd_kernel",
+        "last = tl.minimum(first + ROWS, rows)",
+        "last = tl.minimum(first + ROWS + 1, rows)",
+        None,
+        "`y_ptr`",
+    ),
+}
+# even, TensorFlow's padding: the backward's first row lies before the image; and more than one chunk of rows
+SHAPE, STRIDE, PADDING = (1, 8, 20, 3), 2, "same"
+
+
+def with_fault(name: str, old: str, new: str, folder: Path):
+    """The kernel ``name`` of ``kernels.depthwise`` with ``new`` in place of ``old``, from a file as jit wants it."""
+    source = Path(depthwise.__file__).read_text()
+    source = source[source.index("_SIZES =") : source.index("def _front")]
+    assert old in source, f"the fault's place is gone from {depthwise.__file__}: {old}"
+    path = folder / "faulty.py"
+    path.write_text("import triton\nimport triton.language as tl\n\n" + source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("faulty", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault, request, device, place, tmp_path, monkeypatch):
+    sanitize = request.config.getoption("--sanitize")
+    name, old, new, found, found_in_ttsem = FAULTS[fault]
+    if found is None and not sanitize:
+        pytest.skip("only ttsem sees two programs write the same values to the same place")
+    monkeypatch.setattr(depthwise, name, with_fault(name, old, new, tmp_path))
+    with pytest.raises(Exception, match=found_in_ttsem if sanitize else found):
+        check(SHAPE, STRIDE, PADDING, torch.bfloat16 if sanitize else torch.float16, device, place)
+
+
+def test_the_same_without_a_fault(device, place):
+    check(SHAPE, STRIDE, PADDING, torch.float16, device, place)

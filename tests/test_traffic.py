@@ -1,0 +1,239 @@
+"""Byte formulas beside the launchers, held to what the interpreter counts; the traffic report and its models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from bench import traffic
+from bench.count import Counter, count
+from kernels import common, depthwise, partials
+from kernels.common import Launch, Traffic
+from mnv2.model import layer_shapes
+
+interpreted = pytest.mark.skipif(not common.INTERPRETED, reason="bytes are counted in Triton's interpreter")
+CPU = torch.device("cpu")
+
+# N, C, H, W, stride, padding. A program has 8 strips of 4 columns, 32 channels and about 8 rows.
+CASES = {
+    "one-pixel": (1, 1, 1, 1, 1, "symmetric"),
+    "every-mask-partial": (3, 33, 5, 7, 1, "symmetric"),
+    "three-chunks-of-rows": (1, 8, 17, 4, 1, "symmetric"),
+    "two-groups-of-strips-two-blocks-of-channels": (5, 40, 3, 8, 1, "symmetric"),
+    "stride-2": (2, 8, 6, 12, 2, "symmetric"),
+    "stride-2-odd": (2, 8, 5, 7, 2, "symmetric"),
+    "stride-2-one-pixel": (1, 3, 1, 1, 2, "symmetric"),
+    "stride-2-two-chunks-two-groups": (3, 8, 18, 18, 2, "symmetric"),
+    "same-even": (2, 33, 4, 12, 2, "same"),
+    "same-odd": (2, 8, 5, 7, 2, "same"),
+    "same-even-by-odd": (1, 8, 6, 7, 2, "same"),
+    "same-two-chunks-two-groups": (3, 8, 18, 18, 2, "same"),
+}
+
+
+def nhwc(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float16).to(memory_format=torch.channels_last)
+
+
+def assert_counted(launch: Launch, formula: Traffic) -> None:
+    counter = count(launch)
+    assert counter.outside == 0
+    assert counter.total == formula, counter.by_tensor
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_forward_moves_the_bytes_of_its_formula(case):
+    N, C, H, W, stride, padding = case
+    x, y = nhwc(N, C, H, W), nhwc(N, C, -(-H // stride), -(-W // stride))
+    arguments = (x, torch.zeros(C, 1, 3, 3, dtype=torch.float16), y, stride, padding)
+    assert_counted(depthwise.depthwise_fwd_launch(*arguments), depthwise.depthwise_fwd_bytes(*arguments))
+
+
+@interpreted
+@pytest.mark.parametrize("wanted", ["both", "input-only", "weight-only"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradients_move_the_bytes_of_their_formulas(case, wanted):
+    N, C, H, W, stride, padding = case
+    dy, weight = nhwc(N, C, -(-H // stride), -(-W // stride)), torch.zeros(C, 1, 3, 3)
+    x = None if wanted == "input-only" else nhwc(N, C, H, W)
+    dx = None if wanted == "weight-only" else nhwc(N, C, H, W)
+    arguments = (dy, x, weight, dx, stride, padding)
+    launch = depthwise.depthwise_bwd_launch(*arguments)
+    assert_counted(launch, depthwise.depthwise_bwd_bytes(*arguments))
+    if x is not None:
+        sums = (launch.arguments["partials_ptr"], weight.view(C, 9))
+        assert_counted(partials.sum_partials_launch(*sums), partials.sum_partials_bytes(*sums))
+
+
+@interpreted
+@pytest.mark.parametrize(("P", "R", "C"), [(1, 9, 1), (300, 9, 5), (513, 1, 8)], ids=["one", "two-steps", "no-tail"])
+def test_sum_of_partials_moves_the_bytes_of_its_formula(P, R, C):
+    sums = torch.zeros(P, R, C), torch.zeros(C, R, dtype=torch.float16)
+    assert_counted(partials.sum_partials_launch(*sums), partials.sum_partials_bytes(*sums))
+
+
+def test_the_cases_have_several_programs_in_each_direction():
+    launches = [
+        depthwise.depthwise_fwd_launch(nhwc(N, C, H, W), torch.zeros(C, 1, 3, 3), nhwc(N, C, H, W), stride, padding)
+        for N, C, H, W, stride, padding in CASES.values()
+    ]
+    assert max(launch.arguments["chunks"] for launch in launches) == 3
+    assert max(launch.grid[0] // launch.arguments["chunks"] for launch in launches) == 2
+    assert max(launch.grid[1] for launch in launches) == 2
+
+
+@triton.jit
+def _shift_kernel(x_ptr, y_ptr, total_ptr, n, BLOCK: tl.constexpr):
+    # Every program reads n elements from its own on; one element lies behind the last.
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0) + offs, mask=offs < n, other=0.0)
+    tl.store(y_ptr + offs, x, mask=offs < n)
+    tl.atomic_add(total_ptr, tl.sum(x))
+
+
+@interpreted
+def test_counter_tells_touched_from_requested_and_what_lies_outside():
+    memory = torch.zeros(32)
+    arguments = {"x_ptr": memory[:8], "y_ptr": memory[16:24], "total_ptr": torch.zeros(1), "n": 7, "BLOCK": 8}
+    counter = count(Launch(_shift_kernel, (3,), arguments, num_warps=1))
+    assert counter.by_tensor == {
+        "x_ptr": Traffic(8 * 4, 0, (3 * 7 - 1) * 4, 0),
+        "y_ptr": Traffic(0, 7 * 4, 0, 3 * 7 * 4),
+        "total_ptr": Traffic(4, 4, 3 * 4, 3 * 4),
+    }
+    assert counter.outside == 4
+    assert counter.total == Traffic(8 * 4 + 4, 7 * 4 + 4, 20 * 4 + 12, 21 * 4 + 12)
+
+
+@interpreted
+def test_counter_counts_only_inside_its_with():
+    x, y = nhwc(1, 1, 2, 2), nhwc(1, 1, 2, 2)
+    launch = depthwise.depthwise_fwd_launch(x, torch.zeros(1, 1, 3, 3), y, 1, "symmetric")
+    with pytest.raises(KeyError), Counter({"x": x}) as counter:
+        raise KeyError
+    common.run(launch, CPU)
+    assert counter.total == Traffic(0, 0, 0, 0)
+
+
+def network(name: str, training: bool) -> dict[str, float]:
+    execution = {"ours": traffic.ours, **traffic.executions(training)}[name]
+    return traffic.totals(traffic.rows_of(execution, layer_shapes(1.0, 224), 256, training), 256)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "scope", "published"),
+    [
+        ("inference", "compulsory", "blocks", 3.06),
+        ("inference", "compulsory", "network", 4.48),
+        ("inference", "epilogue", "network", 27.5),
+        ("inference", "compiled", "network", 54.2),
+        ("inference", "eager", "network", 79.5),
+        ("training", "compiled", "network", 188),
+        ("training", "eager_least", "network", 210),
+        ("training", "eager", "network", 275),
+    ],
+    ids=lambda value: str(value),
+)
+def test_models_give_the_published_figures(mode, name, scope, published):
+    assert network(name, mode == "training")[scope] == pytest.approx(published, rel=0.02)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_executions_are_ordered_and_ours_saves_the_depthwise_gradients_second_read(training):
+    figures = [network(name, training)["blocks"] for name in traffic.executions(training)]
+    assert figures == sorted(figures)
+    # One pass over dY in place of two, for partial sums; weights in fp32 are the rest of a forward.
+    dy = sum(layer.c_mid * layer.height_out**2 * 2 for layer in layer_shapes(1.0, 224) if layer.kind == "block") / 1e6
+    saved = network("eager", training)["blocks"] - network("ours", training)["blocks"]
+    assert saved == pytest.approx(dy if training else 0, rel=0.1, abs=0.001)
+
+
+def test_a_residual_of_a_block_that_does_not_expand_has_its_sum_and_its_gradient():
+    first = layer_shapes(0.25, 32)[1]  # 8 channels in and out
+    assert first.residual
+    passes = traffic.eager(first, 1, True)
+    assert [row.op for row in passes.forward][-1] == "project add"
+    assert [row.op for row in passes.backward][-1] == "depthwise add grads"
+
+
+def test_json_has_its_keys_and_totals_are_sums_of_rows(tmp_path, capsys):
+    path = tmp_path / "traffic.json"
+    words = ["--mode", "training", "--alpha", "0.35", "--resize", "97", "--batch", "3", "--json", str(path)]
+    assert traffic.main(words) == 0
+    figures = json.loads(path.read_text())
+    assert {"mode": "training", "alpha": 0.35, "resize": 97, "batch": 3, "dtype": "float16"}.items() <= figures.items()
+    assert list(figures["beside"]) == ["compulsory", "epilogue", "compiled", "eager_least", "eager"]
+    assert all(set(total) == {"blocks", "network"} for total in figures["beside"].values())
+    assert figures["command"] == "python -m bench.traffic " + " ".join(words)
+    assert {"torch", "triton"} <= set(figures["versions"])
+
+    rows = figures["rows"]
+    assert sum(row["mb_per_image"] for row in rows) == pytest.approx(figures["network_mb_per_image"])
+    blocks = sum(row["read"] + row["written"] for row in rows if row["kind"] == "block")
+    assert blocks / 3 / 1e6 == pytest.approx(figures["blocks_mb_per_image"])
+    assert all((row["by"] == "triton") == (row["requested"] is not None) for row in rows)
+    assert sum(row["by"] == "triton" for row in rows) == 17 * 3
+    printed = capsys.readouterr().out
+    assert printed.count("sum partials") == 17
+    assert f"{figures['network_mb_per_image']:.2f}" in printed
+
+
+@interpreted
+def test_count_finds_a_formula_that_is_off_by_one_row(monkeypatch, capsys):
+    words = ["--alpha", "0.1", "--resize", "8", "--count"]
+    assert traffic.main(words) == 0
+    right = depthwise.depthwise_fwd_bytes
+
+    def wrong(x, *others):
+        row = x.shape[3] * x.shape[1] * x.element_size()
+        return right(x, *others) + Traffic(0, 0, row if x.shape[2] == 4 else 0, 0)
+
+    monkeypatch.setattr(depthwise, "depthwise_fwd_bytes", wrong)
+    capsys.readouterr()
+    assert traffic.main(words) == 1
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1
+    assert "formula and count differ: features.1 depthwise conv" in output.err
+    assert "features.4" not in output.err
+    assert "DIFFERS" in output.out
+
+
+@interpreted
+def test_count_does_not_write_figures_of_wrong_formulas(monkeypatch, tmp_path):
+    monkeypatch.setattr(depthwise, "depthwise_fwd_bytes", lambda *arguments: Traffic(0, 0, 0, 0))
+    path = tmp_path / "traffic.json"
+    assert traffic.main(["--alpha", "0.1", "--resize", "2", "--count", "--json", str(path)]) == 1
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--alpha", "0"], "alpha: expected a positive number"),
+        (["--alpha", "nan"], "alpha: expected a positive number"),
+        (["--resize", "0"], "resize: expected a positive integer, got 0"),
+        (["--batch", "0"], "batch: expected a positive integer, got 0"),
+        (["--mode", "dreaming"], "argument --mode: invalid choice"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        traffic.main(words)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_file_that_can_not_be_written_is_one_line(tmp_path, capsys):
+    assert traffic.main(["--resize", "32", "--json", str(tmp_path / "missing" / "traffic.json")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("bench.traffic: ")
+    assert error.count("\n") == 1
+    assert "missing" in error
