@@ -195,19 +195,28 @@ def _start_worker(folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
 
 
+def _interrupt_once(signum: int, frame: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave workers and their folder behind
+    raise KeyboardInterrupt
+
+
 def compile_all(jobs: Mapping[str, Case]) -> Generator[tuple[str, Facts], None, None]:
     """Compile afresh, in a process for each core, and yield (key, facts) as they come."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "triton"])
-    with tempfile.TemporaryDirectory(prefix="aot-") as folder:
-        workers = max(1, min(os.cpu_count() or 1, len(jobs)))
-        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(folder,)) as pool:
-            futures = {pool.submit(compile_case, case): name for name, case in jobs.items()}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+    workers = max(1, min(os.cpu_count() or 1, len(jobs)))
+    before = signal.signal(signal.SIGINT, _interrupt_once)
+    try:
+        with tempfile.TemporaryDirectory(prefix="aot-") as folder:
+            with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(folder,)) as pool:
+                futures = {pool.submit(compile_case, case): name for name, case in jobs.items()}
+                try:
+                    for future in as_completed(futures):
+                        yield futures[future], future.result()
+                finally:
+                    pool.shutdown(cancel_futures=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Row(NamedTuple):

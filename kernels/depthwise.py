@@ -259,7 +259,7 @@ def _walk(
     H_out, W_out = cdiv(H, stride), cdiv(W, stride)
     pad_h, pad_w = _front(H, stride, padding), _front(W, stride, padding)
     rows, columns = (H_out + 1 - pad_h, W_out + 1 - pad_w) if backward else (H_out, W_out)
-    tile = tiles.depthwise_tile(C, W_out, stride, backward=backward)
+    tile = tiles.depthwise_tile(C, W_out)
     strips_w = cdiv(columns, tile.COLUMNS)
     if N * strips_w >= 2**31:
         raise ValueError(f"x: expected fewer than 2^31 strips of {tile.COLUMNS} columns, got shape {x_shape}")

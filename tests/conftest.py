@@ -62,18 +62,13 @@ def _seed():
 
 
 @pytest.fixture
-def place(request, monkeypatch):
-    """Puts an input between guard bands; the kernels' own buffers lie there too and start as NaN.
+def memory(request, monkeypatch):
+    """Where a test of kernels places its inputs (``memory.place``) and where the kernels' own buffers lie."""
+    from numerics import GuardedMemory
 
-    ttsem knows where each tensor ends and fills new ones with NaN itself, so there it leaves them alone.
-    """
-    if request.config.getoption("--sanitize"):
-        yield lambda x: x
-        return
-    import numerics
-
-    with numerics.guarded_allocations(monkeypatch.setattr):
-        yield numerics.guarded
+    memory = GuardedMemory(monkeypatch.setattr, **({"band": 0} if request.config.getoption("--sanitize") else {}))
+    yield memory
+    memory.check()
 
 
 def pytest_collection_modifyitems(config, items):

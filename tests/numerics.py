@@ -12,15 +12,12 @@ inputs lie between bands of NaN, so that what is never written, written outside 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kernels import common
-
-GUARD = 64  # elements on each side: a kernel's 16-byte loads stay aligned
 
 
 def assert_parity(name: str, got: Tensor, truth: Tensor, torchs: Tensor, scale: float | None = None) -> None:
@@ -42,40 +39,42 @@ def assert_parity(name: str, got: Tensor, truth: Tensor, torchs: Tensor, scale: 
     )
 
 
-def guarded(x: Tensor) -> Tensor:
-    """A copy of ``x`` in its layout between two bands of NaN."""
-    y = _between_bands(tuple(x.shape), x.dtype, x.device, x.dim() == 4 and not x.is_contiguous())[0]
-    return y.copy_(x)
+class GuardedMemory:
+    """Where a test's tensors lie: inputs that it places, and the kernels' own buffers, which start as NaN.
 
-
-def _between_bands(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool
-) -> tuple[Tensor, Tensor]:
-    """A tensor of NaN and the buffer in whose middle it lies."""
-    if channels_last:
-        N, C, H, W = shape
-        shape = (N, H, W, C)
-    size = torch.Size(shape).numel()
-    buffer = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
-    inner = buffer[GUARD : GUARD + size].view(shape)
-    return (inner.permute(0, 3, 1, 2) if channels_last else inner), buffer
-
-
-@contextmanager
-def guarded_allocations(patch: Callable[[object, str, object], None]) -> Iterator[None]:
-    """Outputs and scratch of the kernels start as NaN between guard bands, which are looked at in the end.
-
-    ``patch`` is ``monkeypatch.setattr``.
+    ``patch`` is ``monkeypatch.setattr``; ``band`` is the guard in elements, 0 for a sanitizer that knows itself where
+    each tensor ends.
     """
-    buffers: list[Tensor] = []
 
-    def allocate(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        inner, buffer = _between_bands(shape, dtype or like.dtype, like.device, len(shape) == 4)
-        buffers.append(buffer)
-        return inner
+    def __init__(self, patch: Callable[[object, str, object], None], band: int = 64):
+        self.band = band  # 64 keeps a kernel's 16-byte loads aligned
+        self.buffers: list[Tensor] = []
+        patch(common, "allocate", self.allocate)
 
-    patch(common, "allocate", allocate)
-    yield
-    for buffer in buffers:
-        for band in (buffer[:GUARD], buffer[-GUARD:]):
-            assert band.isnan().all(), f"a kernel wrote outside a buffer of {buffer.numel() - 2 * GUARD} elements"
+    def place(self, x: Tensor) -> Tensor:
+        """A copy of ``x``, in its layout."""
+        return self._between_bands(tuple(x.shape), x.dtype, x.device, x.dim() == 4 and not x.is_contiguous()).copy_(x)
+
+    def allocate(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """In place of ``kernels.common.allocate``."""
+        return self._between_bands(shape, dtype or like.dtype, like.device, len(shape) == 4)
+
+    def check(self) -> None:
+        """Fail if a kernel wrote outside its buffers."""
+        for buffer in self.buffers:
+            for part in (buffer[: self.band], buffer[buffer.numel() - self.band :]):
+                assert part.isnan().all(), (
+                    f"a kernel wrote outside a buffer of {buffer.numel() - 2 * self.band} elements"
+                )
+
+    def _between_bands(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool
+    ) -> Tensor:
+        if channels_last:
+            N, C, H, W = shape
+            shape = (N, H, W, C)
+        size = torch.Size(shape).numel()
+        buffer = torch.full((size + 2 * self.band,), float("nan"), dtype=dtype, device=device)
+        self.buffers.append(buffer)
+        inner = buffer[self.band : self.band + size].view(shape)
+        return inner.permute(0, 3, 1, 2) if channels_last else inner

@@ -1,6 +1,7 @@
 """The depthwise convolution: every number against fp64, and everything that can be asked of it wrongly.
 
-The shapes go with the tile: strips of up to 4 columns, 8 strips and 32 channels a program, rows from 8 on in chunks.
+The shapes go with the tiles: strips of 4 columns (2 in narrow images), 4 strips by 64 channels, 8 by 32 or 16 by 16 a
+program, rows from 9 on in chunks.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ CASES = {
     "one row": (1, 8, 1, 11),
     "one column": (1, 8, 11, 1),
     "three chunks of rows, the last short": (1, 8, 23, 3),
-    "every mask partial": (3, 40, 5, 10),
+    "every mask partial": (3, 40, 5, 10),  # 9 strips of 16 channels, 4 channels over
     "channels that fill no vector": (2, 3, 7, 6),
-    "every block full": (1, 32, 8, 32),
+    "every block of 32 channels full": (1, 32, 8, 32),
+    "two blocks of 64 channels": (1, 128, 3, 9),
     "odd height, even width": (2, 8, 9, 12),
     "even height, odd width": (1, 12, 10, 7),
 }
@@ -71,9 +73,9 @@ def results(op, x, weight, dy, stride, padding):
     return y.detach(), x.grad, weight.grad
 
 
-def check(shape, stride, padding, dtype, device, place):
+def check(shape, stride, padding, dtype, device, memory):
     """Hold output and gradients of fresh inputs to fp64."""
-    x, weight, dy = map(place, operands(shape, dtype, device, stride))
+    x, weight, dy = map(memory.place, operands(shape, dtype, device, stride))
     got = results(kernels, x, weight, dy, stride, padding)
     truth = results(torchs, x.double(), weight.double(), dy.double(), stride, padding)
     torch_same_type = results(torchs, x, weight, dy, stride, padding)
@@ -81,11 +83,12 @@ def check(shape, stride, padding, dtype, device, place):
         assert_parity(name, *values)
     assert got[0].is_contiguous(memory_format=torch.channels_last)
     assert got[1].is_contiguous(memory_format=torch.channels_last)
+    memory.check()
 
 
 @pytest.mark.parametrize(("shape", "stride", "padding"), list(cases()))
-def test_output_and_gradients(shape, stride, padding, dtype, device, place):
-    check(shape, stride, padding, dtype, device, place)
+def test_output_and_gradients(shape, stride, padding, dtype, device, memory):
+    check(shape, stride, padding, dtype, device, memory)
 
 
 class Calls(TorchDispatchMode):
@@ -104,9 +107,9 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("wanted", ["x", "weight", "both"])
 def test_only_the_gradient_that_is_needed_is_computed_and_only_what_it_needs_saved(
-    wanted, stride, dtype, device, place
+    wanted, stride, dtype, device, memory
 ):
-    x, weight, dy = map(place, operands((2, 8, 9, 6), dtype, device, stride))
+    x, weight, dy = map(memory.place, operands((2, 8, 9, 6), dtype, device, stride))
     _, *both = results(kernels, x, weight, dy, stride, "symmetric")
     _, *truth = results(torchs, x.double(), weight.double(), dy.double(), stride, "symmetric")
     x.requires_grad_(wanted != "weight"), weight.requires_grad_(wanted != "x")
@@ -125,26 +128,26 @@ def test_only_the_gradient_that_is_needed_is_computed_and_only_what_it_needs_sav
             assert leaf.grad is None
 
 
-def test_two_runs_give_the_same_bits(dtype, device, place):
-    x, weight, dy = map(place, operands((1, 8, 19, 5), dtype, device))
+def test_two_runs_give_the_same_bits(dtype, device, memory):
+    x, weight, dy = map(memory.place, operands((1, 8, 19, 5), dtype, device))
     first, second = (results(kernels, x, weight, dy, 1, "symmetric") for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
-def test_partial_sums_of_more_than_one_block(device, place):
-    values = place(torch.randn(513, 9, 7, device=device))
+def test_partial_sums_of_more_than_one_block(device, memory):
+    values = memory.place(torch.randn(513, 9, 7, device=device))
     got = partials.sum_partials(values, torch.float32)
     assert_parity("sum", got, values.double().sum(0).t(), values.sum(0).t())
 
 
-def test_no_programs_sum_to_zero(device, place):
+def test_no_programs_sum_to_zero(device, memory):
     assert torch.equal(
         partials.sum_partials(torch.empty(0, 9, 4, device=device), torch.float16).cpu(), torch.zeros(4, 9).half()
     )
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_empty_batch(stride, dtype, device, place):
+def test_empty_batch(stride, dtype, device, memory):
     x, weight, dy = operands((0, 8, 5, 6), dtype, device, stride)
     y, dx, dw = results(kernels, x, weight, dy, stride, "symmetric")
     assert (y.shape, dx.shape) == (dy.shape, x.shape)
@@ -217,8 +220,8 @@ def test_a_gradient_of_a_gradient_is_refused(device):
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_autocast(half, device, place):
-    x, weight, _ = map(place, operands((2, 8, 6, 5), torch.float32, device))
+def test_autocast(half, device, memory):
+    x, weight, _ = map(memory.place, operands((2, 8, 6, 5), torch.float32, device))
     x.requires_grad_(), weight.requires_grad_()
     with torch.autocast(device.type, half):
         y = kernels(x, weight, 1, "symmetric")
@@ -233,7 +236,7 @@ def test_autocast(half, device, place):
 
 
 @pytest.mark.parametrize("layout", ["one number", "NCHW", "a view"])
-def test_gradients_arrive_in_any_layout(layout, device, place):
+def test_gradients_arrive_in_any_layout(layout, device, memory):
     x, weight, dy = operands((2, 8, 5, 6), torch.float32, device)
     dy = {
         "one number": torch.ones(1, 1, 1, 1, device=device).expand(dy.shape),
