@@ -3,12 +3,13 @@
 PYTHON ?= python3
 EXTRAS ?= test
 PY := .venv/bin/python
+PARALLEL := -n auto --maxprocesses 4
 DEMO := build/demo
 DIGITS := build/digits
 DEMO_NETWORK := --alpha 0.35 --resize 32 --preprocessing torchvision --data_url $(DIGITS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench gpu clean
+.PHONY: help setup demo test test-all sanitize aot lint bench gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
@@ -37,7 +38,21 @@ demo: setup ## train on the embedded digits and evaluate with one process and wi
 	@$(PY) .ci/check_demo.py $(DEMO)/one.txt $(DEMO)/two.txt
 
 test: setup ## pass the tests
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests $(PARALLEL)
+
+test-all: setup ## pass the tests in every case: shapes, strides, paddings, types
+	$(PY) -m pytest tests --all $(PARALLEL)
+
+# ttsem declares other versions of torch and Triton than those that it is known to work with here.
+.venv/.sanitizer: .venv/.ready
+	$(PY) -m pip install -q --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $@
+
+sanitize: .venv/.sanitizer ## run the kernels in a sanitizer: races, accesses out of bounds, unwritten memory, bf16
+	$(PY) -m pytest tests --sanitize $(PARALLEL)
+
+aot: setup ## compile the kernels for five generations of GPUs: registers, spills, shared memory, bounds
+	env -u TRITON_INTERPRET $(PY) -m bench.aot
 
 lint: setup ## style, format and types
 	$(PY) -m ruff check .
@@ -49,7 +64,7 @@ bench: setup ## the benchmarks
 
 gpu: setup ## everything that needs a GPU
 	@$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "make gpu: torch sees no CUDA GPU here, so nothing was run"; exit 1; }
-	$(PY) -m pytest tests -m gpu
+	$(PY) -m pytest tests -m gpu --all
 	$(PY) -m pytest bench
 
 clean: ## remove what the other targets made

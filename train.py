@@ -16,7 +16,7 @@ import torch
 
 from mnv2 import MobileNetV2, checkpoint, layer_shapes
 from mnv2.checkpoint import Saved
-from mnv2.config import InputError, TrainConfig, exit_status, parse
+from mnv2.config import InputError, TrainConfig, check_backend, exit_status, parse
 from mnv2.distributed import StopSignals, World, world
 from mnv2.engine import Progress
 from mnv2.inputs import TrainingData, evaluation_loader, find_training_data, training_loader
@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def action() -> None:
         with numerics(config.deterministic), world(config.device, config.run_distribute) as here:
+            check_backend(config.backend, here.device)
             here.print(f"checkpoint: {train(config, here)}")
 
     return exit_status("train.py", action)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from mnv2 import MobileNetV2
-from mnv2.config import ValidateConfig, exit_status, parse
+from mnv2.config import ValidateConfig, check_backend, exit_status, parse
 from mnv2.data import Loader, SyntheticLoader
 from mnv2.distributed import World, world
 from mnv2.engine import Evaluation, evaluate
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def action() -> None:
         with numerics(config.deterministic), world(config.device, config.run_distribute) as here:
+            check_backend(config.backend, here.device)
             here.print(evaluation_lines(validate(config, here), config.smooth_factor))
 
     return exit_status("validate.py", action)

@@ -113,7 +113,7 @@ def unsupported_device(device: torch.device) -> str | None:
     if INTERPRETED:
         return None
     if device.type != "cuda":
-        return f"expected a CUDA tensor (or TRITON_INTERPRET=1 for CPU tensors), got one on {device}"
+        return f"expected an NVIDIA GPU (or a CPU with TRITON_INTERPRET=1), got {device}"
     if torch.version.hip is not None:
         return f"expected an NVIDIA GPU, got {torch.cuda.get_device_name(device)}"
     capability = torch.cuda.get_device_capability(device)

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, NoReturn, TypeVar
 
-from kernels.common import PADDINGS
+import torch
+
+from kernels.common import BACKENDS, PADDINGS, unsupported_device
 
 from .model import check_alpha
 
@@ -41,6 +43,12 @@ class Stopped(Exception):  # noqa: N818  # no error
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise InputError where ``backend`` is "triton" and ``device`` can run no kernels."""
+    if backend == "triton" and (problem := unsupported_device(device)):
+        raise InputError(f"--backend triton: {problem}")
 
 
 def exit_status(script: str, action: Callable[[], None]) -> int:
@@ -107,7 +115,9 @@ class RunConfig:
     pretrained: bool | str = option(
         False, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
     )
-    backend: str = option("auto", "how the blocks run", choices=("auto", "torch"))
+    backend: str = option(
+        "auto", "how depthwise convolutions run: Triton kernels, PyTorch, or what the GPU allows", choices=BACKENDS
+    )
     padding: str = option("symmetric", "zeros at stride 2: torchvision's or TensorFlow's", choices=PADDINGS, fixed=True)
     norm_eps: float = option(1e-5, "epsilon of every BatchNorm; 1e-3 for TensorFlow's weights", fixed=True)
     batch_size: int = option(64, "pictures a process and forward pass", fixed=True)

@@ -1,8 +1,8 @@
 """How kernels run in the tests, and fixtures that several files share.
 
-Tests that ask for the ``device`` run on a GPU where there is one, else in Triton's interpreter, on CPU tensors; with
-``--sanitize`` in ttsem, which executes the code that the compiler makes of a kernel and stops at a race between
-programs, an access outside a tensor, a read of what nobody wrote.
+Tests that ask for the ``device`` run on a GPU where there is one, else in Triton's interpreter, on CPU tensors. Those
+that ask for ``memory`` too run with ``--sanitize`` in ttsem, which executes the code that the compiler makes of a
+kernel and stops at a race between programs, an access outside a tensor, a read of what nobody wrote.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TEST_DATA = "MNV2_TEST_DATA"
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="every case, where the default is a reasoned sample")
-    parser.addoption("--sanitize", action="store_true", help="run the tests of kernels, and no others, in ttsem")
+    parser.addoption("--sanitize", action="store_true", help="run the tests of kernels' numbers alone, in ttsem")
 
 
 def pytest_configure(config):
@@ -28,8 +28,8 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """``dtype``: what the place where kernels run computes like the device."""
-    if "dtype" not in metafunc.fixturenames:
+    """``dtype`` of a test of kernels: what the place where they run computes like the device."""
+    if not {"dtype", "device"} <= set(metafunc.fixturenames):
         return
     if metafunc.config.getoption("--sanitize"):
         dtypes = [torch.bfloat16]
@@ -71,17 +71,19 @@ def memory(request, monkeypatch):
     memory.check()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m picks by marks
 def pytest_collection_modifyitems(config, items):
-    def keep(item):
-        kernels, exhaustive = ("device" in item.fixturenames), "exhaustive" in item.keywords
-        return (kernels or not config.getoption("--sanitize")) and (not exhaustive or config.getoption("--all"))
+    def wanted(item):
+        numbers, exhaustive = "memory" in item.fixturenames, "exhaustive" in item.keywords
+        return (numbers or not config.getoption("--sanitize")) and (not exhaustive or config.getoption("--all"))
 
-    config.hook.pytest_deselected(items=[item for item in items if not keep(item)])
-    items[:] = filter(keep, items)
-    if torch.cuda.is_available():
-        return
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = filter(wanted, items)
+    gpu = torch.cuda.is_available()
     for item in items:
-        if "gpu" in item.keywords:
+        if gpu and "device" in item.fixturenames:
+            item.add_marker("gpu")
+        elif not gpu and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA GPU here"))
 
 

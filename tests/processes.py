@@ -18,7 +18,9 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+    """A user's: the tests' own interpreter of kernels is not part of it."""
+    mine = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**mine, "OMP_NUM_THREADS": "1", **more}
 
 
 def run(script: str | Path, *words: object, processes: int = 0, **more: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,8 @@ import triton.language as tl
 from processes import ROOT, environment
 from triton.runtime.jit import JITFunction
 
-from bench import aot, sass
+from bench import aot, cases, sass
+from kernels import tiles
 from kernels.common import Launch
 
 FACTS = {
@@ -194,14 +195,23 @@ def test_arguments_are_specialised_as_at_a_launch():
 
 
 def test_the_sample_and_the_whole():
-    sample, every = aot.sample(sass.DEVICES), aot.every(sass.DEVICES)
+    sample, every = cases.sample(sass.DEVICES), cases.every(sass.DEVICES)
     assert set(sample) < set(every)
-    assert {case.cap for case in sample} == set(sass.DEVICES)
+    kernels = {(cap, kernel, stride) for cap in sass.DEVICES for kernel in cases.WORK for stride in (1, 2)}
+    assert {(case.cap, case.kernel, case.stride) for case in sample} == kernels
     whole = {(case.C, case.side, case.stride) for case in sample if case.cap == 90 and case.kernel == "depthwise_bwd"}
-    assert {(32, 112, 1), (96, 112, 2), (960, 7, 1)} < whole
-    assert len(whole) == 10
-    assert aot.Case(80, "depthwise_fwd", 1344, 7, 1) in every  # alpha 1.4
+    assert {(32, 112, 1), (96, 112, 2), (960, 7, 1), cases.ODD} < whole
+    assert len(whole) == 10 + 6 + 1
+    assert cases.Case(80, "depthwise_fwd", 1344, 7, 1) in every  # alpha 1.4
     assert len({case.name for case in every}) == len(every)
+
+
+@pytest.mark.parametrize("kernel", cases.BLOCK_PASSES)
+def test_the_sample_has_every_tile_at_both_strides(kernel):
+    wanted = [case for case in cases.sample([90]) if case.kernel == kernel]
+    found = [(case.stride, cases.WORK[kernel](case).launch.arguments) for case in wanted]
+    taken = {(stride, at["BLOCK_M"], at["BLOCK_C"], at["COLUMNS"]) for stride, at in found}
+    assert taken == {(stride, *tile[:3]) for stride in (1, 2) for tile in tiles.DEPTHWISE}
 
 
 @pytest.fixture
@@ -209,10 +219,10 @@ def rows(monkeypatch):
     """Three rows, two of which share a kernel, in place of the plan; facts in place of the compiler's."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     launch = Launch(SimpleNamespace(params=[]), (10,), {}, num_warps=2, spill_bytes=8)
-    cases = [aot.Case(90, "depthwise_fwd", 32, side, 1) for side in (112, 56, 28)]
-    rows = [aot.Row(case, aot.Work(launch, 1000, 7, 1000), key) for case, key in zip(cases, "abb", strict=True)]
+    three = [cases.Case(90, "depthwise_fwd", 32, side, 1) for side in (112, 56, 28)]
+    rows = [aot.Row(case, cases.Work(launch, 1000, 7, 1000), key) for case, key in zip(three, "abb", strict=True)]
     state = SimpleNamespace(rows=rows, facts={"a": FACTS, "b": FACTS}, stop_after=None, asked=[])
-    monkeypatch.setattr(aot, "plan", lambda cases: state.rows)
+    monkeypatch.setattr(aot, "plan", lambda wanted: state.rows)
 
     def compile_all(jobs):
         for n, name in enumerate(jobs):
@@ -336,11 +346,11 @@ def test_two_kernels_are_compiled_and_recorded(tmp_path):
 
 
 SPILL = """
-from bench import aot, sass
-case = aot.Case(90, "depthwise_dw", 32, 14, 1)
-launch = aot.WORK[case.kernel](case).launch
+from bench import aot, cases, sass
+case = cases.Case(90, "depthwise_dw", 32, 14, 1)
+launch = cases.WORK[case.kernel](case).launch
 launch = launch._replace(arguments={**launch.arguments, "BLOCK_M": 32}, num_warps=2)
-row = aot.Row(case, aot.Work(launch, 1, 1, 1), "key")
+row = aot.Row(case, cases.Work(launch, 1, 1, 1), "key")
 print(*aot.failures([row], {"key": sass.compile_launch(launch, 90)}))
 """
 

@@ -85,7 +85,7 @@ def test_a_flag_without_its_value():
         ("--crop_ratio 1,inf", "--crop_ratio: expected two rising positive numbers"),
         ("--max_lr inf", "--max_lr: expected a positive number, got inf"),
         ("--norm_eps 0", "--norm_eps: expected a number over 0"),
-        ("--backend triton", "argument --backend: invalid choice: 'triton'"),
+        ("--backend cudnn", "argument --backend: invalid choice: 'cudnn'"),
         ("--ckpt_save_dir=", "--ckpt_save_dir: expected some text, got nothing"),
         ("--data_url=", "--data_url: expected some text, got nothing"),
         ("--batch_size 1000000000000", "--batch_size: expected an integer from 1 to 65536"),

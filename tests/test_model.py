@@ -250,6 +250,43 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled(x), model(x))
 
 
+def with_backend(model, backend):
+    """A copy of ``model`` whose blocks run by ``backend``."""
+    model = deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = backend
+    return model
+
+
+@pytest.mark.parametrize("padding", [pytest.param("symmetric", marks=pytest.mark.exhaustive), "same"])
+def test_through_the_kernels_a_network_gives_the_same_logits_and_gradients(padding, device):
+    model = settled(MobileNetV2(0.35, num_classes=4, padding=padding)).to(device)
+    x, results = torch.randn(1, 3, 32, 32, device=device), {}
+    for name, net, picture in (
+        ("truth", deepcopy(model).double(), x.double()),
+        ("torch", with_backend(model, "torch"), x),
+        ("triton", with_backend(model, "triton"), x),
+    ):
+        logits = net(picture)
+        logits.square().sum().backward()
+        results[name] = [logits.detach(), *(parameter.grad for parameter in net.parameters())]
+
+    def errors(name):
+        pairs = zip(results[name], results["truth"], strict=True)
+        return torch.stack([(got.double() - truth).norm() / truth.norm() for got, truth in pairs])
+
+    assert errors("triton").max() < 1e-4
+    assert errors("triton").median() < 2 * errors("torch").median()
+
+
+def test_through_the_kernels_with_synchronised_norms(device):
+    model = settled(MobileNetV2(0.35, 4)).to(device)
+    x = torch.randn(1, 3, 32, 32, device=device)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(with_backend(model, "triton"))
+    torch.testing.assert_close(synchronised(x), model(x))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

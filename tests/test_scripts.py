@@ -194,12 +194,15 @@ def test_synthetic_pictures_need_no_data(tmp_path, capsys, monkeypatch):
         ),
         ("train.py", "--synthetic --ckpt_save_dir /dev/null/x", "--ckpt_save_dir: can't write to /dev/null/x: Not a"),
         ("train.py", "--data_url {photos} --device cuda", "--device: expected a CUDA GPU"),
+        ("train.py", "--data_url {photos} --device cpu --backend triton", "--backend triton: expected an NVIDIA GPU"),
+        ("validate.py", "--synthetic 4 --device cpu --backend triton", "--backend triton: expected an NVIDIA GPU"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(photos, weights, tmp_path, monkeypatch, capfd, script, words, message):
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("torch sees a CUDA GPU here, so asking for one is no mistake")
     monkeypatch.setenv("MNV2_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("kernels.common.INTERPRETED", False)
     monkeypatch.chdir(tmp_path)
     argv = [word.format(photos=photos, weights=weights) for word in words.split()]
     assert {"train.py": train, "validate.py": validate}[script].main(argv) == 1
