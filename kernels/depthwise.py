@@ -17,6 +17,7 @@ Saved for the backward: X only where w needs a gradient, w only where X does.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -251,10 +252,14 @@ def _front(size: int, stride: int, padding: str) -> int:
     return 0 if padding == "same" and stride == 2 and size % 2 == 0 else 1
 
 
+@functools.cache
 def _walk(
     x_shape: tuple[int, ...], stride: int, padding: str, device: torch.device, *, backward: bool
 ) -> tuple[tuple[int, int], dict[str, int], tiles.DepthwiseTile]:
-    """Grid, sizes by name and tile of a launch over images of ``x_shape [N, C, H, W]``."""
+    """Grid, sizes by name and tile of a launch over images of ``x_shape [N, C, H, W]``.
+
+    Remembered, as it takes longer than the launch itself.
+    """
     N, C, H, W = x_shape
     H_out, W_out = cdiv(H, stride), cdiv(W, stride)
     pad_h, pad_w = _front(H, stride, padding), _front(W, stride, padding)
@@ -403,36 +408,38 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: str) -> tuple
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.stride, ctx.padding = inputs
-    ctx.size = x.shape[2:]
-    needs_dw = ctx.needs_input_grad[1]
-    ctx.save_for_backward(x if needs_dw else None, weight)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    x, weight = ctx.saved_tensors
-    needs_dx, needs_dw = ctx.needs_input_grad[:2]
-    dy = dy.contiguous(memory_format=torch.channels_last)  # autograd's to choose: sum() sends a single number
-    dx = dw = None
-    if needs_dx and needs_dw:
-        dx, dw = depthwise_grads(dy, x, weight, ctx.stride, ctx.padding)
-    elif needs_dx:
-        dx = depthwise_input_grad(dy, weight, *ctx.size, ctx.stride, ctx.padding)
-    elif needs_dw:
-        dw = depthwise_weight_grad(dy, x, weight, ctx.stride, ctx.padding)
-    return dx, dw, None, None
-
-
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "depthwise_conv2d: its gradients can't be differentiated again; take backend='torch' for second derivatives"
     )
 
 
-depthwise_fwd.register_autograd(_backward, setup_context=_save)
 for _op in (depthwise_input_grad, depthwise_weight_grad, depthwise_grads):
     _op.register_autograd(_no_double_backward)
+
+
+class _DepthwiseConv2d(torch.autograd.Function):
+    """Saves X only where w needs a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: str) -> Tensor:
+        ctx.stride, ctx.padding, ctx.size = stride, padding, x.shape[2:]
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return depthwise_fwd(x, weight, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        dy = grads[0].contiguous(memory_format=torch.channels_last)  # autograd's to choose: sum() sends one number
+        dx = dw = None
+        if needs_dx and needs_dw:
+            dx, dw = depthwise_grads(dy, x, weight, ctx.stride, ctx.padding)
+        elif needs_dx:
+            dx = depthwise_input_grad(dy, weight, *ctx.size, ctx.stride, ctx.padding)
+        elif needs_dw:
+            dw = depthwise_weight_grad(dy, x, weight, ctx.stride, ctx.padding)
+        return dx, dw, None, None
 
 
 def unsupported(x: Tensor, weight: Tensor, stride: int = 1, padding: str = "symmetric") -> str | None:
@@ -491,7 +498,7 @@ def depthwise_conv2d(
     if backend == "torch" or (backend == "auto" and (problem or x.device.type == "cpu")):
         return reference.depthwise_conv2d(x, weight, stride=stride, padding=padding)
     dtype = common.autocast_dtype(x)
-    return depthwise_fwd(x if dtype is None else x.to(dtype), weight, stride, padding)
+    return _DepthwiseConv2d.apply(x if dtype is None else x.to(dtype), weight, stride, padding)
 
 
 def _check(x: Tensor, weight: Tensor, stride: int, padding: str, backend: str) -> None:
