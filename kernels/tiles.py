@@ -18,23 +18,23 @@ class DepthwiseTile(NamedTuple):
     BLOCK_M: int
     BLOCK_C: int
     COLUMNS: int
-    num_warps: int = 2
+    num_warps: int = 4
     spill_bytes: int = 0
 
 
 # BLOCK_M * BLOCK_C = 128 * num_warps gives a thread four channels of a strip: loads of 8 bytes in half precision, nine
 # taps in 36 registers, nine sums in another 36. At stride 1 four columns read six where two read four: a tenth fewer
 # instructions and a quarter fewer requests an element, and just no spill (both gradients: 219 to 254 registers).
-# Two warps, as more only make the grid coarser.
+# Four warps, as every program writes nine partial sums a channel: two would double those bytes.
 DEPTHWISE = (
-    DepthwiseTile(4, 64, 4),  # wide rows of memory, fewest partial sums
-    DepthwiseTile(8, 32, 4),  # c_mid of 32, 96, 288: 64 would idle a quarter of the lanes and more
-    DepthwiseTile(16, 16, 4),  # c_mid of 16, 48, 144, 240; a pixel is still a whole sector of 32 bytes
-    DepthwiseTile(4, 64, 2),  # where four columns would idle in the last strip: 1, 2, 5, 6, 9, 10 wide
-    DepthwiseTile(8, 32, 2),
-    DepthwiseTile(16, 16, 2),
+    DepthwiseTile(8, 64, 4),  # wide rows of memory
+    DepthwiseTile(16, 32, 4),  # c_mid of 32, 96, 288: 64 would idle a quarter of the lanes and more
+    DepthwiseTile(32, 16, 4),  # c_mid of 16, 48, 144, 240; a pixel is still a whole sector of 32 bytes
+    DepthwiseTile(8, 64, 2),  # where four columns would idle in the last strip: 1, 2, 5, 6, 9, 10 wide
+    DepthwiseTile(16, 32, 2),
+    DepthwiseTile(32, 16, 2),
 )
-WARPS_PER_PROCESSOR = 32  # two to four times what their registers let reside, so that the last wave matters little
+WARPS_PER_PROCESSOR = 16  # twice what the registers of both gradients let reside; more would be more partial sums
 MIN_ROWS = 8  # under it a walk reads more than a quarter again of its rows as halo
 
 

@@ -1,7 +1,7 @@
 """The depthwise convolution: every number against fp64, and everything that can be asked of it wrongly.
 
-The shapes go with the tiles: strips of 4 columns (2 in narrow images), 4 strips by 64 channels, 8 by 32 or 16 by 16 a
-program, rows from 9 on in chunks.
+The shapes go with the tiles: strips of 4 columns (of 2 where the last would idle), 8 strips by 64 channels, 16 by 32 or
+32 by 16 a program, rows from 9 on in chunks.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ CASES = {
     "one row": (1, 8, 1, 11),
     "one column": (1, 8, 11, 1),
     "three chunks of rows, the last short": (1, 8, 23, 3),
-    "every mask partial": (3, 40, 5, 10),  # 9 strips of 16 channels, 4 channels over
+    "every mask partial": (7, 40, 5, 9),  # 35 strips, the last columns outside, 8 channels over
     "channels that fill no vector": (2, 3, 7, 6),
-    "every block of 32 channels full": (1, 32, 8, 32),
+    "every block of 32 channels full": (2, 32, 8, 32),
     "two blocks of 64 channels": (1, 128, 3, 9),
     "odd height, even width": (2, 8, 9, 12),
     "even height, odd width": (1, 12, 10, 7),

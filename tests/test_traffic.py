@@ -27,11 +27,11 @@ CASES = {
     "stride-2": (2, 24, 6, 12, 2, "symmetric"),
     "stride-2-odd": (2, 24, 5, 7, 2, "symmetric"),
     "stride-2-one-pixel": (1, 3, 1, 1, 2, "symmetric"),
-    "stride-2-two-chunks-two-groups": (4, 8, 18, 18, 2, "symmetric"),
+    "stride-2-two-chunks-two-groups": (8, 8, 18, 18, 2, "symmetric"),
     "same-even": (2, 33, 4, 12, 2, "same"),
     "same-odd": (2, 50, 5, 7, 2, "same"),
     "same-even-by-odd": (1, 8, 6, 7, 2, "same"),
-    "same-two-chunks-two-groups": (1, 50, 18, 18, 2, "same"),
+    "same-two-chunks-two-groups": (2, 50, 18, 18, 2, "same"),
 }
 
 
