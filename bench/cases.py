@@ -60,22 +60,22 @@ def _tensors(case: Case) -> tuple[Any, Any, Any]:
 
 
 def _depthwise_fwd(case: Case) -> Work:
-    from kernels import depthwise
+    from kernels import depthwise_passes
 
     x, weight, y = _tensors(case)
     arguments = (x, weight, y, case.stride, case.padding)
-    launch = depthwise.depthwise_fwd_launch(*arguments)
-    touched = depthwise.depthwise_fwd_bytes(*arguments).touched
+    launch = depthwise_passes.depthwise_fwd_launch(*arguments)
+    touched = depthwise_passes.depthwise_fwd_bytes(*arguments).touched
     return Work(launch, x.numel(), launch.arguments["ROWS"], touched)
 
 
 def _depthwise_bwd(case: Case, *, dx: bool = True, dw: bool = True) -> Work:
-    from kernels import depthwise
+    from kernels import depthwise_passes
 
     x, weight, dy = _tensors(case)
     arguments = (dy, x if dw else None, weight, x if dx else None, case.stride, case.padding)
-    launch = depthwise.depthwise_bwd_launch(*arguments)
-    touched = depthwise.depthwise_bwd_bytes(*arguments).touched
+    launch = depthwise_passes.depthwise_bwd_launch(*arguments)
+    touched = depthwise_passes.depthwise_bwd_bytes(*arguments).touched
     return Work(launch, x.numel(), launch.arguments["ROWS"], touched)
 
 

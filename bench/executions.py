@@ -38,7 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import depthwise, partials
+from kernels import depthwise_passes, partials
 from mnv2.model import LayerShape
 
 from .count import Call
@@ -153,12 +153,12 @@ def depthwise_calls(unit: Unit, device: torch.device) -> list[Call]:
     x, dx, y, dy = (images(side) for side in (unit.side, unit.side, unit.side_out, unit.side_out))
     w, dw = (torch.zeros(unit.c_in, 1, 3, 3, device=device) for _ in range(2))
     how = (unit.stride, "symmetric")
-    forward = depthwise.depthwise_fwd_launch(x, w, y, *how)
-    backward = depthwise.depthwise_bwd_launch(dy, x, w, dx, *how)
+    forward = depthwise_passes.depthwise_fwd_launch(x, w, y, *how)
+    backward = depthwise_passes.depthwise_bwd_launch(dy, x, w, dx, *how)
     sums = backward.arguments["partials_ptr"], dw.view(-1, 9)
     return [
-        Call("conv", forward, depthwise.depthwise_fwd_bytes(x, w, y, *how)),
-        Call("both grads", backward, depthwise.depthwise_bwd_bytes(dy, x, w, dx, *how)),
+        Call("conv", forward, depthwise_passes.depthwise_fwd_bytes(x, w, y, *how)),
+        Call("both grads", backward, depthwise_passes.depthwise_bwd_bytes(dy, x, w, dx, *how)),
         Call("sum partials", partials.sum_partials_launch(*sums), partials.sum_partials_bytes(*sums)),
     ]
 

@@ -11,7 +11,7 @@ import torch
 from numerics import assert_parity
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import DepthwiseConv2d, common, depthwise, depthwise_conv2d, partials, reference
+from kernels import DepthwiseConv2d, common, depthwise, depthwise_conv2d, depthwise_passes, partials, reference
 from mnv2.model import layer_shapes
 
 CASES = {
@@ -172,8 +172,8 @@ def test_offsets_beyond_2_to_the_31(shape, sizes, request):
     x[:, :32, : rows + 1] = near
     weight = torch.randn(32, 1, 3, 3).half()
     assert x.numel() > 2**31
-    forward = depthwise.depthwise_fwd_launch(x, weight, y, 1, "symmetric")
-    backward = depthwise.depthwise_bwd_launch(x, None, weight, dx, 1, "symmetric")
+    forward = depthwise_passes.depthwise_fwd_launch(x, weight, y, 1, "symmetric")
+    backward = depthwise_passes.depthwise_bwd_launch(x, None, weight, dx, 1, "symmetric")
     for launch in (forward, backward):
         launch.kernel[(1, 1)](**{**launch.arguments, **sizes})
     want = torchs(near.double(), weight.double(), 1, "symmetric")[:, :, : rows - 1]

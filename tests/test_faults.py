@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_depthwise import check
 
-from kernels import depthwise
+from kernels import depthwise_passes
 
 # fault: (kernel, what its source says, what it says with the fault, how the check fails, how it fails in ttsem)
 FAULTS = {
@@ -61,10 +61,10 @@ SHAPE, STRIDE, PADDING = (1, 8, 20, 3), 2, "same"
 
 
 def with_fault(name: str, old: str, new: str, folder: Path):
-    """The kernel ``name`` of ``kernels.depthwise`` with ``new`` in place of ``old``, from a file as jit wants it."""
-    source = Path(depthwise.__file__).read_text()
+    """The depthwise kernel ``name`` with ``new`` in place of ``old``, from a file as jit wants it."""
+    source = Path(depthwise_passes.__file__).read_text()
     source = source[source.index("_SIZES =") : source.index("def _front")]
-    assert old in source, f"the fault's place is gone from {depthwise.__file__}: {old}"
+    assert old in source, f"the fault's place is gone from {depthwise_passes.__file__}: {old}"
     path = folder / "faulty.py"
     path.write_text("import triton\nimport triton.language as tl\n\n" + source.replace(old, new))
     spec = importlib.util.spec_from_file_location("faulty", path)
@@ -77,7 +77,7 @@ def with_fault(name: str, old: str, new: str, folder: Path):
 def test_a_planted_fault_is_found(fault, request, device, memory, tmp_path, monkeypatch):
     sanitize = request.config.getoption("--sanitize")
     name, old, new, found, found_in_ttsem = FAULTS[fault]
-    monkeypatch.setattr(depthwise, name, with_fault(name, old, new, tmp_path))
+    monkeypatch.setattr(depthwise_passes, name, with_fault(name, old, new, tmp_path))
     with pytest.raises(Exception, match=found_in_ttsem if sanitize else found):
         check(SHAPE, STRIDE, PADDING, torch.bfloat16 if sanitize else torch.float16, device, memory)
     memory.buffers.clear()  # what the fault did to them is known

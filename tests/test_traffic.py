@@ -11,7 +11,7 @@ import triton.language as tl
 
 from bench import executions, traffic
 from bench.count import Counter, count
-from kernels import common, depthwise, partials, tiles
+from kernels import common, depthwise_passes, partials, tiles
 from kernels.common import Launch, Traffic
 from mnv2.model import layer_shapes
 
@@ -51,7 +51,7 @@ def test_forward_moves_the_bytes_of_its_formula(case):
     N, C, H, W, stride, padding = case
     x, y = nhwc(N, C, H, W), nhwc(N, C, -(-H // stride), -(-W // stride))
     arguments = (x, torch.zeros(C, 1, 3, 3, dtype=torch.float16), y, stride, padding)
-    assert_counted(depthwise.depthwise_fwd_launch(*arguments), depthwise.depthwise_fwd_bytes(*arguments))
+    assert_counted(depthwise_passes.depthwise_fwd_launch(*arguments), depthwise_passes.depthwise_fwd_bytes(*arguments))
 
 
 @interpreted
@@ -63,8 +63,8 @@ def test_gradients_move_the_bytes_of_their_formulas(case, wanted):
     x = None if wanted == "input-only" else nhwc(N, C, H, W)
     dx = None if wanted == "weight-only" else nhwc(N, C, H, W)
     arguments = (dy, x, weight, dx, stride, padding)
-    launch = depthwise.depthwise_bwd_launch(*arguments)
-    assert_counted(launch, depthwise.depthwise_bwd_bytes(*arguments))
+    launch = depthwise_passes.depthwise_bwd_launch(*arguments)
+    assert_counted(launch, depthwise_passes.depthwise_bwd_bytes(*arguments))
     if x is not None:
         sums = (launch.arguments["partials_ptr"], weight.view(C, 9))
         assert_counted(partials.sum_partials_launch(*sums), partials.sum_partials_bytes(*sums))
@@ -79,7 +79,9 @@ def test_sum_of_partials_moves_the_bytes_of_its_formula(P, R, C):
 
 def test_the_cases_have_every_tile_and_several_programs_in_each_direction():
     launches = [
-        depthwise.depthwise_fwd_launch(nhwc(N, C, H, W), torch.zeros(C, 1, 3, 3), nhwc(N, C, H, W), stride, padding)
+        depthwise_passes.depthwise_fwd_launch(
+            nhwc(N, C, H, W), torch.zeros(C, 1, 3, 3), nhwc(N, C, H, W), stride, padding
+        )
         for N, C, H, W, stride, padding in CASES.values()
     ]
     assert max(launch.arguments["chunks"] for launch in launches) == 3
@@ -115,7 +117,7 @@ def test_counter_tells_touched_from_requested_and_what_lies_outside():
 @interpreted
 def test_counter_counts_only_inside_its_with():
     x, y = nhwc(1, 1, 2, 2), nhwc(1, 1, 2, 2)
-    launch = depthwise.depthwise_fwd_launch(x, torch.zeros(1, 1, 3, 3), y, 1, "symmetric")
+    launch = depthwise_passes.depthwise_fwd_launch(x, torch.zeros(1, 1, 3, 3), y, 1, "symmetric")
     with pytest.raises(KeyError), Counter({"x": x}) as counter:
         raise KeyError
     common.run(launch, CPU)
@@ -193,13 +195,13 @@ def test_json_has_its_keys_and_totals_are_sums_of_rows(tmp_path, capsys):
 def test_count_finds_a_formula_that_is_off_by_one_row(monkeypatch, capsys):
     words = ["--alpha", "0.1", "--resize", "8", "--count"]
     assert traffic.main(words) == 0
-    right = depthwise.depthwise_fwd_bytes
+    right = depthwise_passes.depthwise_fwd_bytes
 
     def wrong(x, *others):
         row = x.shape[3] * x.shape[1] * x.element_size()
         return right(x, *others) + Traffic(0, 0, row if x.shape[2] == 4 else 0, 0)
 
-    monkeypatch.setattr(depthwise, "depthwise_fwd_bytes", wrong)
+    monkeypatch.setattr(depthwise_passes, "depthwise_fwd_bytes", wrong)
     capsys.readouterr()
     assert traffic.main(words) == 1
     output = capsys.readouterr()
@@ -211,7 +213,7 @@ def test_count_finds_a_formula_that_is_off_by_one_row(monkeypatch, capsys):
 
 @interpreted
 def test_count_does_not_write_figures_of_wrong_formulas(monkeypatch, tmp_path):
-    monkeypatch.setattr(depthwise, "depthwise_fwd_bytes", lambda *arguments: Traffic(0, 0, 0, 0))
+    monkeypatch.setattr(depthwise_passes, "depthwise_fwd_bytes", lambda *arguments: Traffic(0, 0, 0, 0))
     path = tmp_path / "traffic.json"
     assert traffic.main(["--alpha", "0.1", "--resize", "2", "--count", "--json", str(path)]) == 1
     assert not path.exists()
