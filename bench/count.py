@@ -121,7 +121,7 @@ def count(launch: Launch) -> Counter:
         raise ValueError("launch: expected an interpreted kernel; set TRITON_INTERPRET=1 before kernels is imported")
     tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
     with Counter(tensors) as counter:
-        common.run(launch, torch.device("cpu"))
+        launch.run(torch.device("cpu"))
     return counter
 
 

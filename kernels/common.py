@@ -53,8 +53,8 @@ class BatchNorm(NamedTuple):
 class Launch(NamedTuple):
     """One launch of a kernel: what a launcher decides, apart from running it.
 
-    ``run`` runs it; the ahead-of-time report compiles the same thing for GPUs that are not there, from tensors on the
-    meta device. ``arguments`` are the kernel's by name, compile-time ones included.
+    The ahead-of-time report compiles the same thing for GPUs that are not there, from tensors on the meta device.
+    ``arguments`` are the kernel's by name, compile-time ones included.
     """
 
     kernel: Any
@@ -63,6 +63,13 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int = 1
     spill_bytes: int = 0  # what the tile's row declares, a thread
+
+    def run(self, device: torch.device) -> None:
+        """Launch on ``device`` (Triton does on the current one). An empty grid does nothing."""
+        if 0 in self.grid:
+            return
+        with torch.cuda.device(device.index if device.type == "cuda" else -1):  # -1 changes nothing
+            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 @dataclass(frozen=True)
@@ -85,21 +92,18 @@ class Traffic:
         return self.read + self.written
 
 
-def run(launch: Launch, device: torch.device) -> None:
-    """Launch on ``device``, whichever is current (Triton launches on the current one). An empty grid does nothing."""
-    if 0 in launch.grid:
-        return
-    with torch.cuda.device(device.index if device.type == "cuda" else -1):  # -1 changes nothing
-        launch.kernel[launch.grid](**launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages)
-
-
 def allocate(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised tensor of ``shape`` on ``like``'s device, channels_last where it has four dimensions.
 
-    Every output and scratch buffer of the kernels is made here.
+    Every output and scratch buffer of the kernels is made here or by ``allocate_like``.
     """
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+
+
+def allocate_like(x: Tensor) -> Tensor:
+    """Uninitialised tensor of x's shape, type and strides: DDP wants a gradient's to be its parameter's."""
+    return torch.empty_like(x)
 
 
 @functools.cache
@@ -108,15 +112,21 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result  # what torch.compile can't trace it runs, once
 def unsupported_device(device: torch.device) -> str | None:
     """Why kernels can't run on tensors of ``device``, or None."""
-    if INTERPRETED:
+    if INTERPRETED and device.type == "cpu":
         return None
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return f"expected an NVIDIA GPU (or a CPU with TRITON_INTERPRET=1), got {device}"
     if torch.version.hip is not None:
         return f"expected an NVIDIA GPU, got {torch.cuda.get_device_name(device)}"
-    capability = torch.cuda.get_device_capability(device)
+    capability = _capability(device)
     if capability < CAPABILITY:
         wanted, got = (".".join(map(str, pair)) for pair in (CAPABILITY, capability))
         return (
@@ -128,7 +138,7 @@ def unsupported_device(device: torch.device) -> str | None:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast wants for an operation on ``x``, or None outside autocast (fp64 is left alone)."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -145,11 +155,15 @@ def check_padding(padding: str) -> None:
 
 
 def check_image(name: str, x: Tensor) -> None:
-    """Raise unless ``x`` is a floating-point ``[N, C, H, W]`` tensor."""
+    """Raise unless ``x`` is a floating-point ``[N, C, H, W]`` tensor of some channels and pixels."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
     if x.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name}: expected C, H and W of at least 1, got shape {tuple(x.shape)}")
 
 
 def not_nhwc(x: Tensor) -> str | None:

@@ -16,13 +16,15 @@ from .common import cdiv
 from .depthwise_passes import depthwise_bwd_launch, depthwise_fwd_launch
 from .partials import sum_partials
 
+MAX_CHANNELS = 65535 * 16  # what a GPU's grid has in its second dimension, of the narrowest tile
+
 
 @torch.library.custom_op("mnv2::depthwise_fwd", mutates_args=())
 def depthwise_fwd(x: Tensor, weight: Tensor, stride: int, padding: str) -> Tensor:
     """Output ``[N, C, ceil(H / stride), ceil(W / stride)]`` of ``x [N, C, H, W]`` and ``weight [C, 1, 3, 3]``."""
     N, C, H, W = x.shape
     y = common.allocate((N, C, cdiv(H, stride), cdiv(W, stride)), x)
-    common.run(depthwise_fwd_launch(x, weight, y, stride, padding), x.device)
+    depthwise_fwd_launch(x, weight, y, stride, padding).run(x.device)
     return y
 
 
@@ -30,7 +32,7 @@ def depthwise_fwd(x: Tensor, weight: Tensor, stride: int, padding: str) -> Tenso
 def depthwise_input_grad(dy: Tensor, weight: Tensor, H: int, W: int, stride: int, padding: str) -> Tensor:
     """Gradient of the input ``[N, C, H, W]``, in dY's type."""
     dx = common.allocate((*dy.shape[:2], H, W), dy)
-    common.run(depthwise_bwd_launch(dy, None, weight, dx, stride, padding), dy.device)
+    depthwise_bwd_launch(dy, None, weight, dx, stride, padding).run(dy.device)
     return dx
 
 
@@ -38,8 +40,8 @@ def depthwise_input_grad(dy: Tensor, weight: Tensor, H: int, W: int, stride: int
 def depthwise_weight_grad(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: str) -> Tensor:
     """Gradient of the weight ``[C, 1, 3, 3]``, in the weight's type."""
     launch = depthwise_bwd_launch(dy, x, weight, None, stride, padding)
-    common.run(launch, dy.device)
-    return sum_partials(launch.arguments["partials_ptr"], weight.dtype).view(weight.shape)
+    launch.run(dy.device)
+    return sum_partials(launch.arguments["partials_ptr"], weight)
 
 
 @torch.library.custom_op("mnv2::depthwise_grads", mutates_args=())
@@ -47,8 +49,8 @@ def depthwise_grads(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding:
     """Gradients of the input and of the weight, in one pass over dY and X."""
     dx = common.allocate(tuple(x.shape), dy)
     launch = depthwise_bwd_launch(dy, x, weight, dx, stride, padding)
-    common.run(launch, dy.device)
-    return dx, sum_partials(launch.arguments["partials_ptr"], weight.dtype).view(weight.shape)
+    launch.run(dy.device)
+    return dx, sum_partials(launch.arguments["partials_ptr"], weight)
 
 
 @depthwise_fwd.register_fake
@@ -64,12 +66,12 @@ def _(dy: Tensor, weight: Tensor, H: int, W: int, stride: int, padding: str) -> 
 
 @depthwise_weight_grad.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: str) -> Tensor:
-    return torch.empty_like(weight)
+    return common.allocate_like(weight)
 
 
 @depthwise_grads.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
+    return common.allocate(tuple(x.shape), dy), common.allocate_like(weight)
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -82,41 +84,54 @@ for _op in (depthwise_input_grad, depthwise_weight_grad, depthwise_grads):
     _op.register_autograd(_no_double_backward)
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.stride, ctx.padding = inputs
+    ctx.size = x.shape[2:]
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    x, weight = ctx.saved_tensors
+    needs_dx, needs_dw = ctx.needs_input_grad[:2]
+    dy = dy.contiguous(memory_format=torch.channels_last)  # autograd's to choose: sum() sends one number
+    dx = dw = None
+    if needs_dx and needs_dw:
+        dx, dw = depthwise_grads(dy, x, weight, ctx.stride, ctx.padding)
+    elif needs_dx:
+        dx = depthwise_input_grad(dy, weight, *ctx.size, ctx.stride, ctx.padding)
+    elif needs_dw:
+        dw = depthwise_weight_grad(dy, x, weight, ctx.stride, ctx.padding)
+    return dx, dw, None, None
+
+
+depthwise_fwd.register_autograd(_backward, setup_context=_save)  # for exported programs, which hold the operation
+
+
 class _DepthwiseConv2d(torch.autograd.Function):
-    """Saves X only where w needs a gradient."""
+    """The same, with less host time than through the operation's own registration."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: str) -> Tensor:
-        ctx.stride, ctx.padding, ctx.size = stride, padding, x.shape[2:]
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return depthwise_fwd(x, weight, stride, padding)
+        y = depthwise_fwd(x, weight, stride, padding)
+        _save(ctx, (x, weight, stride, padding), y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        needs_dx, needs_dw = ctx.needs_input_grad[:2]
-        dy = grads[0].contiguous(memory_format=torch.channels_last)  # autograd's to choose: sum() sends one number
-        dx = dw = None
-        if needs_dx and needs_dw:
-            dx, dw = depthwise_grads(dy, x, weight, ctx.stride, ctx.padding)
-        elif needs_dx:
-            dx = depthwise_input_grad(dy, weight, *ctx.size, ctx.stride, ctx.padding)
-        elif needs_dw:
-            dw = depthwise_weight_grad(dy, x, weight, ctx.stride, ctx.padding)
-        return dx, dw, None, None
+        return _backward(ctx, *grads)
 
 
-def unsupported(x: Tensor, weight: Tensor, stride: int = 1, padding: str = "symmetric") -> str | None:
+def unsupported(x: Tensor, weight: Tensor, stride: int = 1) -> str | None:
     """Why the kernels can't convolve ``x`` with ``weight``, naming the argument, or None if they can."""
-    dtype = common.autocast_dtype(x) or x.dtype
     if problem := common.unsupported_device(x.device):
         return f"x: {problem}"
+    dtype = common.autocast_dtype(x) or x.dtype
     if dtype not in common.DTYPES:
         return f"x: expected float16, bfloat16 or float32, got {dtype}"
     if problem := common.not_nhwc(x):
         return f"x: {problem}"
-    if min(x.shape[1:]) < 1:
-        return f"x: expected C, H and W of at least 1, got shape {tuple(x.shape)}"
+    if x.shape[1] > MAX_CHANNELS:
+        return f"x: expected at most {MAX_CHANNELS} channels, got {x.shape[1]}"
     if weight.shape[2:] != (3, 3):
         return f"weight: expected a kernel of 3 x 3, got {weight.shape[2]} x {weight.shape[3]}"
     if not weight.is_contiguous():
@@ -126,15 +141,25 @@ def unsupported(x: Tensor, weight: Tensor, stride: int = 1, padding: str = "symm
     return None
 
 
+def runs_kernels(x: Tensor, weight: Tensor, stride: int, backend: str) -> bool:
+    """Whether ``backend`` means the kernels here; raises ValueError where "triton" asks for what they can't run."""
+    if backend == "torch" or (backend == "auto" and x.device.type == "cpu"):  # the interpreter is for tests
+        return False
+    problem = unsupported(x, weight, stride)
+    if problem and backend == "triton":
+        raise ValueError(problem)
+    return not problem
+
+
 def depthwise_conv2d(
     x: Tensor, weight: Tensor, *, stride: int = 1, padding: str = "symmetric", backend: str = "auto"
 ) -> Tensor:
-    """Depthwise 3x3 convolution without bias, of any size, number of channels and batch; differentiable once.
+    """Depthwise 3x3 convolution without bias, of any size and batch and up to a million channels; differentiable once.
 
     Args:
         x: ``[N, C, H, W]`` in channels_last; fp16, bf16 or fp32. Under autocast it is cast to autocast's type.
-        weight: ``[C, 1, 3, 3]``, contiguous, of x's type, or under autocast of any of the three: it is rounded to x's
-            type inside the kernel, and its gradient is returned in its own type, never rounded to x's on the way.
+        weight: ``[C, 1, 3, 3]``, contiguous, of x's type, or under autocast of any floating-point type: the kernel
+            rounds it to x's type, and its gradient is returned in its own, never rounded to x's on the way.
         stride: 1 or 2.
         padding: "symmetric" puts one row and column of zeros on every side; "same" is TensorFlow's SAME, which at
             stride 2 and an even size puts none in front and one behind.
@@ -151,15 +176,13 @@ def depthwise_conv2d(
             run this one; the message names the argument.
         NotImplementedError: a gradient of a gradient is asked for.
 
+    ``torch.func``'s transforms (vmap, grad, jvp) want ``backend="torch"``.
+
     Source: Chollet 2017, "Xception: Deep Learning with Depthwise Separable Convolutions"; the two gradients are those
     of any convolution (Dumoulin and Visin 2016, sections 2 and 4).
     """
     _check(x, weight, stride, padding, backend)
-    problem = None if backend == "torch" else unsupported(x, weight, stride, padding)
-    if problem and backend == "triton":
-        raise ValueError(problem)
-    # The interpreter is for tests: "auto" leaves CPU tensors to torch.
-    if backend == "torch" or (backend == "auto" and (problem or x.device.type == "cpu")):
+    if not runs_kernels(x, weight, stride, backend):
         return reference.depthwise_conv2d(x, weight, stride=stride, padding=padding)
     dtype = common.autocast_dtype(x)
     return _DepthwiseConv2d.apply(x if dtype is None else x.to(dtype), weight, stride, padding)
@@ -172,12 +195,12 @@ def _check(x: Tensor, weight: Tensor, stride: int, padding: str, backend: str) -
     common.check_choice("backend", backend, common.BACKENDS)
     if type(stride) is not int or stride < 1:
         raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
-    C = x.shape[1]
-    if weight.dim() != 4 or weight.shape[:2] != (C, 1):
-        raise ValueError(
-            f"weight: expected [{C}, 1, 3, 3], one filter for each channel of x, got shape {tuple(weight.shape)}"
-        )
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    C, shape = x.shape[1], tuple(weight.shape)
+    if weight.dim() != 4 or shape[:2] != (C, 1) or shape[2] != shape[3] or shape[2] % 2 == 0:
+        raise ValueError(f"weight: expected [{C}, 1, 3, 3], one filter for each channel of x, got shape {shape}")
     if weight.device != x.device:
         raise ValueError(f"weight: expected x's device {x.device}, got {weight.device}")
-    if weight.dtype != x.dtype and common.autocast_dtype(x) is None:
+    if not weight.is_floating_point() or (weight.dtype != x.dtype and common.autocast_dtype(x) is None):
         raise TypeError(f"weight: expected x's type {x.dtype} (or autocast), got {weight.dtype}")

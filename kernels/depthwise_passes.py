@@ -26,7 +26,8 @@ from torch import Tensor
 from . import common, tiles
 from .common import Launch, Traffic, cdiv
 
-# Sizes are arguments that are never specialised: one compiled kernel serves every batch and resolution.
+# Sizes are arguments that are never specialised: one compiled kernel serves every batch, and every resolution with the
+# same tile and padding.
 _SIZES = ["strips", "strips_w", "H", "W", "H_out", "W_out", "ROWS", "chunks"]
 
 

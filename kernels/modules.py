@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import common
-from .depthwise import depthwise_conv2d
+from . import common, reference
+from .depthwise import depthwise_conv2d, runs_kernels
 
 
 class DepthwiseConv2d(nn.Conv2d):
     """``nn.Conv2d(channels, channels, 3, groups=channels)`` that runs ``depthwise_conv2d``.
 
     Arguments, parameters, state dict and initialisation are ``nn.Conv2d``'s. ``padding`` is 1 or "same", which at
-    stride 2 (where ``nn.Conv2d`` has no "same") is TensorFlow's. A bias costs a pass of its own.
+    stride 2 (where ``nn.Conv2d`` has no "same") is TensorFlow's. With the kernels a bias costs a pass of its own.
 
     Raises:
         ValueError: the arguments describe another convolution than a depthwise 3x3 of stride 1 or 2.
@@ -58,9 +58,14 @@ class DepthwiseConv2d(nn.Conv2d):
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``[N, C, H, W]`` to ``[N, C, ceil(H / stride), ceil(W / stride)]``."""
-        y = depthwise_conv2d(x, self.weight, stride=self.stride[0], padding=self.padding_rule, backend=self.backend)
-        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
+        """Convolve ``[N, C, H, W]``, or one ``[C, H, W]``, to as many channels of ``ceil(H / stride)`` rows."""
+        if x.dim() == 3:
+            return self(x.unsqueeze(0)).squeeze(0)
+        stride, padding, bias = self.stride[0], self.padding_rule, self.bias
+        if bias is None or runs_kernels(x, self.weight, stride, self.backend):
+            y = depthwise_conv2d(x, self.weight, stride=stride, padding=padding, backend=self.backend)
+            return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)
+        return reference.conv2d(x, self.weight, bias, stride=stride, groups=self.groups, padding=padding)
 
     def extra_repr(self) -> str:
         """``nn.Conv2d``'s, with the rule where padding is TensorFlow's, and the backend."""
@@ -118,7 +123,9 @@ def _is_timm_same(conv: nn.Conv2d) -> bool:
 
 def _not_replaceable(conv: nn.Conv2d) -> str | None:
     if type(conv) is not nn.Conv2d and not _is_timm_same(conv):
-        return f"its class is {type(conv).__name__}, not nn.Conv2d"
+        return f"its class is {type(conv).__module__}.{type(conv).__name__}, not nn.Conv2d"
+    if "forward" in conv.__dict__ or conv._compiled_call_impl is not None:
+        return "its forward has been replaced or compiled"
     return _not_depthwise(conv, any_padding=_is_timm_same(conv))
 
 

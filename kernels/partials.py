@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +26,7 @@ def _sum_partials_kernel(partials_ptr, out_ptr, P, R, C, BLOCK_P: tl.constexpr, 
 
 
 def sum_partials_launch(partials: Tensor, out: Tensor) -> Launch:
-    """Sum ``partials [P, R, C]`` (fp32) over P into ``out [C, R]``, a weight's own layout.
+    """Sum ``partials [P, R, C]`` (fp32) over P into ``out``, C filters of R numbers each in memory.
 
     Narrow and tall blocks: P is in the thousands where R C is small, and the walk over P is serial.
     """
@@ -42,9 +41,11 @@ def sum_partials_bytes(partials: Tensor, out: Tensor) -> Traffic:
     return Traffic(read, written, read, written)
 
 
-def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums ``[C, R]`` of ``partials [P, R, C]`` (fp32) over P: fp64, in an order that depends on P alone."""
-    _, R, C = partials.shape
-    out = common.allocate((C, R), partials, dtype)
-    common.run(sum_partials_launch(partials, out), partials.device)
+def sum_partials(partials: Tensor, like: Tensor) -> Tensor:
+    """Sums of ``partials [P, R, C]`` (fp32) over P, in fp64 and in an order that depends on P alone.
+
+    The result has the type, shape and strides of ``like``, a weight of C filters with R numbers each.
+    """
+    out = common.allocate_like(like)
+    sum_partials_launch(partials, out).run(partials.device)
     return out

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import BatchNorm, depthwise_conv2d, reference
+from kernels import BatchNorm, DepthwiseConv2d, depthwise_conv2d, reference
 from kernels.common import BACKENDS, check_choice, check_padding
 
 # (expand ratio t, output channels c at alpha 1, repeats n, stride s of the first repeat)
@@ -137,43 +137,22 @@ def check_alpha(alpha: float) -> None:
 
 
 class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` without bias whose padding is "symmetric" or TensorFlow's "same"; depthwise ones have a backend."""
+    """``nn.Conv2d`` without bias or groups whose padding is "symmetric" or TensorFlow's "same"."""
 
-    def __init__(
-        self, c_in: int, c_out: int, kernel: int, stride: int, groups: int, padding: str, backend: str = "torch"
-    ):
-        super().__init__(c_in, c_out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, padding: str):
+        super().__init__(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=False)
         self.padding_rule = padding
-        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``[N, c_in, H, W]`` to ``[N, c_out, ceil(H / stride), ceil(W / stride)]``."""
-        stride, padding = self.stride[0], self.padding_rule
-        if self.groups > 1:
-            return depthwise_conv2d(x, self.weight, stride=stride, padding=padding, backend=self.backend)
-        return reference.conv2d(x, self.weight, stride=stride, padding=padding)
+        return reference.conv2d(x, self.weight, stride=self.stride[0], padding=self.padding_rule)
 
 
 class ConvNormAct(nn.Sequential):
     """Convolution, BatchNorm, ReLU6: torchvision's ``Conv2dNormActivation`` with its names 0, 1, 2."""
 
-    def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-        padding: str,
-        norm_eps: float,
-        backend: str = "torch",
-    ):
-        super().__init__(
-            Conv2d(c_in, c_out, kernel, stride, groups, padding, backend),
-            nn.BatchNorm2d(c_out, eps=norm_eps),
-            nn.ReLU6(inplace=True),
-        )
+    def __init__(self, conv: nn.Conv2d, norm_eps: float):
+        super().__init__(conv, nn.BatchNorm2d(conv.out_channels, eps=norm_eps), nn.ReLU6(inplace=True))
 
 
 class InvertedResidual(nn.Module):
@@ -187,24 +166,14 @@ class InvertedResidual(nn.Module):
         super().__init__()
         self.shape = shape
         self.padding = padding
-        self.backend = backend
         c_mid = shape.c_mid
         layers: list[nn.Module] = []
         if shape.expand_macs:
-            layers.append(ConvNormAct(shape.c_in, c_mid, 1, padding=padding, norm_eps=norm_eps))
-        layers.append(
-            ConvNormAct(
-                c_mid,
-                c_mid,
-                3,
-                stride=shape.stride,
-                groups=c_mid,
-                padding=padding,
-                norm_eps=norm_eps,
-                backend=backend,
-            )
-        )
-        layers.append(Conv2d(c_mid, shape.c_out, 1, 1, 1, padding))
+            layers.append(ConvNormAct(Conv2d(shape.c_in, c_mid, 1, 1, padding), norm_eps))
+        zeros = 1 if padding == "symmetric" else padding
+        depthwise = DepthwiseConv2d(c_mid, c_mid, 3, shape.stride, zeros, groups=c_mid, bias=False, backend=backend)
+        layers.append(ConvNormAct(depthwise, norm_eps))
+        layers.append(Conv2d(c_mid, shape.c_out, 1, 1, padding))
         layers.append(nn.BatchNorm2d(shape.c_out, eps=norm_eps))
         self.conv = nn.Sequential(*layers)
 
@@ -225,13 +194,13 @@ class InvertedResidual(nn.Module):
             stride=self.shape.stride,
             residual=self.shape.residual,
             padding=self.padding,
-            depthwise=functools.partial(depthwise_conv2d, backend=self.backend),
+            depthwise=functools.partial(depthwise_conv2d, backend=depthwise[0].backend),
         )
 
 
 def _weight(conv: nn.Module, activation: nn.Module | None = None) -> Tensor:
     """Weight of ``conv``, unless the operation would ignore what a user has put in its place or behind it."""
-    if not isinstance(conv, Conv2d) or conv.bias is not None:
+    if not isinstance(conv, Conv2d | DepthwiseConv2d) or conv.bias is not None:
         raise TypeError(f"conv: expected Conv2d without bias for each convolution of the block, got {conv}")
     if not (activation is None or isinstance(activation, nn.ReLU6)):
         raise TypeError(f"conv: expected nn.ReLU6 for each activation of the block, got {type(activation).__name__}")
@@ -292,17 +261,30 @@ class MobileNetV2(nn.Module):
 
         self.alpha = alpha
         self.num_classes = num_classes
-        self.backend = backend
         self.padding = padding
         self.norm_eps = norm_eps
         self.features = nn.Sequential(
-            ConvNormAct(3, stem.c_out, 3, stride=2, padding=padding, norm_eps=norm_eps),
+            ConvNormAct(Conv2d(3, stem.c_out, 3, 2, padding), norm_eps),
             *[InvertedResidual(shape, padding=padding, norm_eps=norm_eps, backend=backend) for shape in blocks],
-            ConvNormAct(head.c_in, head.c_out, 1, padding=padding, norm_eps=norm_eps),
+            ConvNormAct(Conv2d(head.c_in, head.c_out, 1, 1, padding), norm_eps),
         )
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(classifier.c_in, num_classes))
         self._initialise()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
+
+    @property
+    def backend(self) -> str:
+        """How the depthwise convolutions run; may be set at any time."""
+        return self._depthwise()[0].backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        check_choice("backend", backend, BACKENDS)
+        for conv in self._depthwise():
+            conv.backend = backend
+
+    def _depthwise(self) -> list[DepthwiseConv2d]:
+        return [module for module in self.modules() if isinstance(module, DepthwiseConv2d)]
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import assert_parity
-from torch.utils._python_dispatch import TorchDispatchMode
+from numerics import Calls, assert_parity
 
-from kernels import DepthwiseConv2d, common, depthwise, depthwise_conv2d, depthwise_passes, partials, reference
+from kernels import DepthwiseConv2d, depthwise, depthwise_conv2d, depthwise_passes, partials, reference
 from mnv2.model import layer_shapes
 
 CASES = {
@@ -24,6 +23,7 @@ CASES = {
     "channels that fill no vector": (2, 3, 7, 6),
     "every block of 32 channels full": (2, 32, 8, 32),
     "two blocks of 64 channels": (1, 128, 3, 9),
+    "several programs in rows and strips": (12, 8, 18, 6),
     "odd height, even width": (2, 8, 9, 12),
     "even height, odd width": (1, 12, 10, 7),
 }
@@ -83,25 +83,13 @@ def check(shape, stride, padding, dtype, device, memory):
         assert_parity(name, *values)
     assert got[0].is_contiguous(memory_format=torch.channels_last)
     assert got[1].is_contiguous(memory_format=torch.channels_last)
+    assert got[2].stride() == weight.stride()
     memory.check()
 
 
 @pytest.mark.parametrize(("shape", "stride", "padding"), list(cases()))
 def test_output_and_gradients(shape, stride, padding, dtype, device, memory):
     check(shape, stride, padding, dtype, device, memory)
-
-
-class Calls(TorchDispatchMode):
-    """Names of the project's operations that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "mnv2":
-            self.names.append(func._opname)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -136,14 +124,13 @@ def test_two_runs_give_the_same_bits(dtype, device, memory):
 
 def test_partial_sums_of_more_than_one_block(device, memory):
     values = memory.place(torch.randn(513, 9, 7, device=device))
-    got = partials.sum_partials(values, torch.float32)
+    got = partials.sum_partials(values, torch.empty(7, 9, device=device))
     assert_parity("sum", got, values.double().sum(0).t(), values.sum(0).t())
 
 
 def test_no_programs_sum_to_zero(device, memory):
-    assert torch.equal(
-        partials.sum_partials(torch.empty(0, 9, 4, device=device), torch.float16).cpu(), torch.zeros(4, 9).half()
-    )
+    weight = torch.empty(4, 9, device=device, dtype=torch.float16)
+    assert partials.sum_partials(torch.empty(0, 9, 4, device=device), weight).eq(0).all()
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -162,20 +149,19 @@ FAR = {
 
 
 @pytest.mark.parametrize(("shape", "sizes"), FAR.values(), ids=FAR.keys())
-def test_offsets_beyond_2_to_the_31(shape, sizes, request):
-    if request.config.getoption("--sanitize") or torch.cuda.is_available():
-        pytest.skip("needs memory that is only reserved: the interpreter's")
+def test_offsets_beyond_2_to_the_31(shape, sizes, device):
     N, _, _, W = shape
-    x, y, dx = (torch.empty(shape, dtype=torch.float16, memory_format=torch.channels_last) for _ in range(3))
+    half = {"dtype": torch.float16, "device": device}
+    x, y, dx = (torch.empty(shape, **half, memory_format=torch.channels_last) for _ in range(3))
     rows = sizes["ROWS"]
-    near = operands((N, 32, rows + 1, W), torch.float16, "cpu")[0]
+    near = operands((N, 32, rows + 1, W), torch.float16, device)[0]
     x[:, :32, : rows + 1] = near
-    weight = torch.randn(32, 1, 3, 3).half()
+    weight = torch.randn(32, 1, 3, 3, **half)
     assert x.numel() > 2**31
     forward = depthwise_passes.depthwise_fwd_launch(x, weight, y, 1, "symmetric")
     backward = depthwise_passes.depthwise_bwd_launch(x, None, weight, dx, 1, "symmetric")
     for launch in (forward, backward):
-        launch.kernel[(1, 1)](**{**launch.arguments, **sizes})
+        launch._replace(grid=(1, 1), arguments={**launch.arguments, **sizes}).run(device)
     want = torchs(near.double(), weight.double(), 1, "symmetric")[:, :, : rows - 1]
     want_dx = torchs(near.double(), weight.double().flip(2, 3), 1, "symmetric")[:, :, : rows - 1]
     for name, got, truth in (("y", y, want), ("dx", dx, want_dx)):
@@ -207,6 +193,7 @@ def test_exported_with_any_batch(device):
     exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     more = operands((3, 8, 5, 6), torch.float32, device)[0]
     assert torch.equal(exported.module()(more), module(more))
+    exported.module()(more).square().sum().backward()  # it can be trained, too
 
 
 def test_a_gradient_of_a_gradient_is_refused(device):
@@ -233,6 +220,29 @@ def test_autocast(half, device):
     assert_parity("dw", weight.grad, rounded, rounded.float())
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_weight_in_fp32_is_rounded_to_the_type_of_x(half, device):
+    x = torch.ones(1, 8, 3, 3, dtype=half, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.full((8, 1, 3, 3), 1 + torch.finfo(half).eps / 4, device=device)
+    with torch.autocast(device.type, half):
+        y = kernels(x, weight, 1, "symmetric")
+    assert y[0, 0].tolist() == [[4, 6, 4], [6, 9, 6], [4, 6, 4]]  # a tap that is not rounded gives the next number
+    weight = weight.to(half).float() * 0.375 + torch.finfo(half).eps / 16
+    with torch.autocast(device.type, half):
+        y = kernels(x * 1024, weight, 1, "symmetric")
+    assert torch.equal(y, kernels(x * 1024, weight.to(half), 1, "symmetric"))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_has_its_weights_strides_as_ddp_wants(memory_format, device):
+    x, weight, dy = operands((2, 8, 5, 6), torch.float32, device)
+    weight = weight.contiguous(memory_format=memory_format)
+    weight = torch.empty_like(weight, memory_format=memory_format).copy_(weight).requires_grad_()
+    for leaf in (x, x.detach().clone(memory_format=torch.channels_last).requires_grad_()):
+        (dw,) = torch.autograd.grad(kernels(leaf, weight, 1, "symmetric"), weight, dy)
+        assert dw.stride() == weight.stride()
+
+
 @pytest.mark.parametrize("layout", ["one number", "NCHW", "a view"])
 def test_gradients_arrive_in_any_layout(layout, device):
     x, weight, dy = operands((2, 8, 5, 6), torch.float32, device)
@@ -252,123 +262,3 @@ def test_inputs_may_start_anywhere_in_memory(dtype, device):
     off = [o.as_strided(t.shape, t.stride()).copy_(t) for o, t in zip(off, (x, weight, dy), strict=True)]
     want = results(kernels, x, weight, dy, 1, "symmetric")
     assert all(map(torch.equal, results(kernels, *off, 1, "symmetric"), want))
-
-
-# Bad input.
-
-
-def nhwc(*shape, dtype=torch.float32):
-    return torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-
-
-WRONG = {  # for every backend
-    "integers": ((nhwc(1, 8, 4, 4).int(), torch.zeros(8, 1, 3, 3)), {}, TypeError, "x: expected a floating-point"),
-    "dimensions": ((torch.zeros(8, 4, 4), torch.zeros(8, 1, 3, 3)), {}, ValueError, "x: expected 4 dimensions"),
-    "channels": (
-        (nhwc(1, 8, 4, 4), torch.zeros(16, 1, 3, 3)),
-        {},
-        ValueError,
-        r"weight: expected \[8, 1, 3, 3\], one filter for each channel of x, got shape \(16, 1, 3, 3\)",
-    ),
-    "groups": ((nhwc(1, 8, 4, 4), torch.zeros(8, 2, 3, 3)), {}, ValueError, r"weight: expected \[8, 1, 3, 3\]"),
-    "two types": (
-        (nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3).half()),
-        {},
-        TypeError,
-        r"weight: expected x's type torch.float32 \(or autocast\), got torch.float16",
-    ),
-    "two devices": (
-        (nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3, device="meta")),
-        {},
-        ValueError,
-        "weight: expected x's device cpu, got meta",
-    ),
-    "stride 0": ((nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3)), {"stride": 0}, ValueError, "stride: expected 1 or 2"),
-    "stride pair": (
-        (nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3)),
-        {"stride": (1, 1)},
-        ValueError,
-        r"stride: expected 1 or 2, got \(1, 1\)",
-    ),
-    "padding": (
-        (nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3)),
-        {"padding": "valid"},
-        ValueError,
-        "padding: expected one of .*, got 'valid'",
-    ),
-}
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
-@pytest.mark.parametrize(("tensors", "options", "error", "match"), WRONG.values(), ids=WRONG.keys())
-def test_what_no_backend_can_run(tensors, options, error, match, backend):
-    with pytest.raises(error, match=match):
-        depthwise_conv2d(*tensors, **options, backend=backend)
-
-
-def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend: expected one of .*, got 'cuda'"):
-        depthwise_conv2d(nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3), backend="cuda")
-
-
-UNSUPPORTED = {  # by the kernels
-    "fp64": (lambda: (nhwc(1, 8, 4, 4).double(), torch.ones(8, 1, 3, 3).double()), {}, "x: expected float16"),
-    "NCHW": (
-        lambda: (torch.zeros(2, 8, 4, 4), torch.ones(8, 1, 3, 3)),
-        {},
-        "x: expected channels_last .* convert once",
-    ),
-    "some channels": (lambda: (nhwc(2, 16, 4, 4)[:, :8], torch.ones(8, 1, 3, 3)), {}, "x: expected channels_last"),
-    "5x5": (lambda: (nhwc(1, 8, 6, 6), torch.ones(8, 1, 5, 5)), {}, "weight: expected a kernel of 3 x 3, got 5 x 5"),
-    "weight's strides": (
-        lambda: (nhwc(1, 8, 4, 4), torch.ones(8, 1, 3, 3).transpose(2, 3)),
-        {},
-        r"weight: expected contiguous memory, got strides \(9, 9, 1, 3\)",
-    ),
-    "stride 3": (lambda: (nhwc(1, 8, 6, 6), torch.ones(8, 1, 3, 3)), {"stride": 3}, "stride: expected 1 or 2, got 3"),
-}
-
-
-@pytest.mark.parametrize(("make", "options", "match"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
-def test_what_the_kernels_refuse_runs_by_torch_under_auto(make, options, match, device):
-    with device:
-        x, weight = make()
-    x.normal_()
-    with pytest.raises(ValueError, match=match):
-        depthwise_conv2d(x, weight, **options, backend="triton")
-    with Calls() as calls:
-        y = depthwise_conv2d(x, weight, **options)
-    assert calls.names == []
-    assert torch.equal(y, reference.depthwise_conv2d(x, weight, **options))
-
-
-def test_auto_leaves_a_cpu_to_torch_even_where_the_interpreter_could_run_it(device):
-    x, weight, _ = operands((1, 8, 4, 4), torch.float32, device)
-    with Calls() as calls:
-        depthwise_conv2d(x, weight)
-    assert calls.names == ([] if device.type == "cpu" else ["depthwise_fwd"])
-
-
-def test_a_cpu_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(common, "INTERPRETED", False)
-    x, weight = nhwc(1, 8, 4, 4), torch.zeros(8, 1, 3, 3)
-    with pytest.raises(ValueError, match=r"x: expected an NVIDIA GPU \(or a CPU with TRITON_INTERPRET=1\), got cpu"):
-        depthwise_conv2d(x, weight, backend="triton")
-    assert torch.equal(depthwise_conv2d(x, weight), torch.zeros(1, 8, 4, 4))
-
-
-@pytest.mark.parametrize(
-    ("hip", "capability", "match"),
-    [
-        (None, (7, 5), "x: expected a GPU of compute capability 8.0 or newer, got 7.5 (Old GPU)"),
-        ("7.0", (9, 4), "x: expected an NVIDIA GPU, got Old GPU"),
-        (None, (8, 0), None),
-    ],
-)
-def test_unsupported_gpus(hip, capability, match, monkeypatch):
-    monkeypatch.setattr(common, "INTERPRETED", False)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
-    problem = common.unsupported_device(torch.device("cuda:0"))
-    assert problem == (match and match.removeprefix("x: "))

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from numerics import Calls
 from PIL import Image
 from safetensors.torch import load_file
 from samples import settled
 from torch import nn
 
+from kernels import DepthwiseConv2d
 from mnv2 import MobileNetV2, layer_shapes
 from mnv2.model import VARIANTS, round_channels
 
@@ -251,11 +254,8 @@ def test_compiles_whole():
 
 
 def with_backend(model, backend):
-    """A copy of ``model`` whose blocks run by ``backend``."""
     model = deepcopy(model)
-    for module in model.modules():
-        if hasattr(module, "backend"):
-            module.backend = backend
+    model.backend = backend
     return model
 
 
@@ -268,8 +268,12 @@ def test_through_the_kernels_a_network_gives_the_same_logits_and_gradients(paddi
         ("torch", with_backend(model, "torch"), x),
         ("triton", with_backend(model, "triton"), x),
     ):
-        logits = net(picture)
-        logits.square().sum().backward()
+        with Calls() as calls:
+            logits = net(picture)
+            logits.square().sum().backward()
+        assert Counter(calls.names) == (
+            dict.fromkeys(("depthwise_fwd", "depthwise_grads"), 17) if name == "triton" else {}
+        )
         results[name] = [logits.detach(), *(parameter.grad for parameter in net.parameters())]
 
     def errors(name):
@@ -284,7 +288,19 @@ def test_through_the_kernels_with_synchronised_norms(device):
     model = settled(MobileNetV2(0.35, 4)).to(device)
     x = torch.randn(1, 3, 32, 32, device=device)
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(with_backend(model, "triton"))
-    torch.testing.assert_close(synchronised(x), model(x))
+    with Calls() as calls:
+        y = synchronised(x)
+    assert calls.names == 17 * ["depthwise_fwd"]
+    torch.testing.assert_close(y, model(x))
+
+
+def test_the_backend_may_be_changed_at_any_time():
+    model = MobileNetV2(0.35)
+    assert model.backend == "auto"
+    model.backend = "torch"
+    assert {module.backend for module in model.modules() if isinstance(module, DepthwiseConv2d)} == {"torch"}
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        model.backend = "cudnn"
 
 
 @pytest.mark.parametrize(

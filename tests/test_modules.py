@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from numerics import Calls
 from torch import nn
 
 from kernels import DepthwiseConv2d, replace_depthwise
@@ -55,8 +56,11 @@ def test_it_is_nn_conv2d_but_for_how_it_runs(device):
     theirs = nn.Conv2d(8, 8, **DEPTHWISE, stride=2, device=device)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 8, 7, 6, device=device).contiguous(memory_format=torch.channels_last)
-    y, expected = ours(x), theirs(x)
+    with Calls() as kernels:
+        y, expected = ours(x), theirs(x)
+    assert kernels.names == ["depthwise_fwd"]
     torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(ours(x[0]), theirs(x[0]))
     assert y.is_contiguous(memory_format=torch.channels_last)
     y.square().sum().backward(), expected.square().sum().backward()
     for got, want in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -107,8 +111,11 @@ def test_a_network_of_others(device):
     assert all(value is parameters[name] for name, value in ours.named_parameters())
     assert not ours.same.training
     x = torch.randn(1, 3, 13, 16, device=device).contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(ours(x), net(x), rtol=1e-4, atol=1e-5)
+    with Calls() as kernels:
+        y = ours(x)
+    assert kernels.names == 4 * ["depthwise_fwd"]
     assert calls == [1, 1]
+    torch.testing.assert_close(y, net(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_second_time_swaps_nothing():
@@ -124,7 +131,12 @@ def test_what_is_not_plainly_nn_conv2d_is_kept():
 
     conv = nn.Conv2d(8, 8, 3, 1, 1, groups=8)
     net = nn.ModuleDict({"scaled": Scaled(8, 8, 3, 1, 1, groups=8)})
-    assert replace_depthwise(net).kept == {"scaled": "its class is Scaled, not nn.Conv2d"}
+    assert replace_depthwise(net).kept == {"scaled": f"its class is {__name__}.Scaled, not nn.Conv2d"}
+    compiled, hooked = nn.Conv2d(8, 8, **DEPTHWISE), nn.Conv2d(8, 8, **DEPTHWISE)
+    compiled.compile()
+    hooked.forward = hooked.forward
+    kept = replace_depthwise(nn.ModuleList([compiled, hooked])).kept
+    assert kept == dict.fromkeys(("0", "1"), "its forward has been replaced or compiled")
     assert replace_depthwise(conv).kept == {"": "it is the model itself"}
     assert replace_depthwise(MobileNetV2(0.35)).swapped == ()  # it has a backend of its own
 

@@ -120,7 +120,7 @@ def test_counter_counts_only_inside_its_with():
     launch = depthwise_passes.depthwise_fwd_launch(x, torch.zeros(1, 1, 3, 3), y, 1, "symmetric")
     with pytest.raises(KeyError), Counter({"x": x}) as counter:
         raise KeyError
-    common.run(launch, CPU)
+    launch.run(CPU)
     assert counter.total == Traffic(0, 0, 0, 0)
 
 
