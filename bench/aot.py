@@ -136,8 +136,12 @@ def report(row: Row, facts: Facts) -> Facts:
 
 def failures(rows: Iterable[Row], compiled: Mapping[str, Facts]) -> list[str]:
     """What is wrong with each row that would not run as declared, by its name."""
-    found = ((row, sass.problems(row.case.cap, compiled[row.key], row.work.launch.spill_bytes)) for row in rows)
-    return [f"{row.case.name}: {problem}" for row, problems in found for problem in problems]
+    found = []
+    for row in rows:
+        launch = row.work.launch
+        problems = sass.problems(row.case.cap, compiled[row.key], launch.spill_bytes, launch.grid)
+        found += [f"{row.case.name}: {problem}" for problem in problems]
+    return found
 
 
 def gather(
@@ -163,7 +167,10 @@ def gather(
 def read_record(path: Path) -> dict[str, Facts]:
     """Facts by key of an earlier record, or none where there is no file."""
     try:
-        return dict(json.loads(path.read_text())["compiled"])
+        compiled = dict(json.loads(path.read_text())["compiled"])
+        for facts in compiled.values():
+            facts["registers"], facts["spill"], facts["warps"]
+        return compiled
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, KeyError) as error:

@@ -109,32 +109,33 @@ def _shapes(networks: Iterable[tuple[float, int]]) -> list[tuple[int, int, int]]
     return sorted({(b.c_mid, b.height, b.stride) for b in blocks}, key=lambda shape: (-shape[1], shape))
 
 
-def sample(caps: Iterable[int]) -> list[Case]:
-    """Alpha 1.0 at 224 whole on sm_90; elsewhere, at each stride, its largest and its smallest pictures.
+# Shapes that take each row of ``kernels.tiles.DEPTHWISE``: an output 8 or 5 wide, channels that fill one BLOCK_C.
+EACH_TILE = [(C, side * stride, stride) for C in (64, 96, 48) for side in (8, 5) for stride in (1, 2)]
 
-    The variations (narrow tiles, odd channels, types, padding) differ in code but hardly by capability: sm_90 stands
-    for all. Every kernel is there at both strides on each.
+
+def sample(caps: Iterable[int]) -> list[Case]:
+    """What the default run compiles.
+
+    Alpha 1.0 at 224 whole on sm_90. On each capability every kernel at both strides, and every tile with most registers
+    in use: both gradients, in bf16, and channels that fill no vector. Types, "same" padding and single gradients on
+    sm_90, which stands for all in these.
     """
     shapes = _shapes([(1.0, 224)])
     by_stride = [[shape for shape in shapes if shape[2] == stride] for stride in (1, 2)]
-    ends = [shape for group in by_stride for shape in (group[0], group[-1])]
-    # Five columns of output take tiles of two, and these alphas' channels take each number of channels in a tile.
-    narrow = [shape for shape in _shapes((alpha, 160) for alpha in (1.0, 0.75, 0.5)) if -(-shape[1] // shape[2]) == 5]
+    largest = [group[0] for group in by_stride]
     cases = []
     for cap in caps:
+        cases += [Case(cap, "depthwise_bwd", *shape, "bf16") for shape in (*EACH_TILE, ODD)]
         if cap != 90:
-            cases += [Case(cap, kernel, *shape) for shape in ends for kernel in BLOCK_PASSES]
-            largest = [group[0] for group in by_stride]
-            cases += [Case(cap, kernel, *shape) for shape in largest for kernel in ("sum_partials", *GRADIENTS)]
+            cases += [Case(cap, kernel, *shape) for shape in largest for kernel in WORK]
             continue
         cases += [Case(cap, kernel, *shape) for shape in shapes for kernel in PASSES]
-        cases += [Case(cap, kernel, *shape) for shape in narrow for kernel in BLOCK_PASSES]
-        cases += [Case(cap, kernel, *ODD) for kernel in PASSES]
+        cases += [Case(cap, "depthwise_fwd", *shape) for shape in (*EACH_TILE, ODD)]
         middles = [group[len(group) // 2] for group in by_stride]
         cases += [Case(cap, k, *shape, dtype) for shape in middles for k in PASSES for dtype in ("bf16", "fp32")]
         cases += [Case(cap, kernel, *middles[1], padding="same") for kernel in BLOCK_PASSES]  # at stride 1 no other
         cases += [Case(cap, kernel, *shape) for shape in middles for kernel in GRADIENTS]
-    return cases
+    return sorted(set(cases))
 
 
 def every(caps: Iterable[int]) -> list[Case]:

@@ -18,6 +18,7 @@ Facts = dict[str, Any]  # of a compiled kernel: see ``examine``
 READING = 1  # raised where ``examine`` reads a kernel differently, so that recorded facts are read afresh
 
 THREADS = 1024  # a block, on every capability
+GRID = (2**31 - 1, 65535, 65535)
 TENSOR_COLUMNS = 512  # of tensor memory, from sm_100 on
 SCHEDULERS = 4  # a multiprocessor; each issues an instruction a clock and owns a quarter of the registers
 REGISTERS = 65536  # a multiprocessor
@@ -200,11 +201,13 @@ def occupancy(cap: int, registers: int, shared: int, warps: int) -> float:
     return blocks * warps * 32 / device.threads
 
 
-def problems(cap: int, facts: Facts, declared_spill: int) -> list[str]:
-    """Why the kernel would not run on a device of this capability, or not as its tile declares."""
+def problems(cap: int, facts: Facts, declared_spill: int, grid: Sequence[int]) -> list[str]:
+    """Why the launch would not run on a device of this capability, or not as its tile declares."""
     if "error" in facts:
         return [f"does not compile: {facts['error']}"]
     threads, device, found = facts["warps"] * 32, DEVICES[cap], []
+    if any(programs > limit for programs, limit in zip(grid, GRID, strict=False)):
+        found.append(f"a grid of {' x '.join(map(str, grid))} programs, at most {' x '.join(map(str, GRID))}")
     if facts["spill"] > declared_spill:
         found.append(f"spills {facts['spill']} bytes a thread, its tile declares {declared_spill}")
     if facts["shared"] > device.shared_block:
@@ -320,8 +323,7 @@ def compile_launch(launch: Any, cap: int) -> Facts:
     signature, constants, attributes, options = source(launch, cap)
     try:
         ast = ASTSource(launch.kernel, signature, constants, attributes)
-        compiled = triton.compile(ast, target=GPUTarget("cuda", cap, 32), options=options)
+        return examine(triton.compile(ast, target=GPUTarget("cuda", cap, 32), options=options), cap)
     except Exception as error:  # whatever the compiler raises is this kernel's alone: the others go on
         lines = str(error).strip().splitlines() or [""]
         return {"error": f"{type(error).__name__}: {lines[-1].strip()}"}
-    return examine(compiled, cap)

@@ -164,7 +164,7 @@ def test_bounds_count_the_loop_for_each_trip():
     ],
 )
 def test_what_a_device_would_refuse(cap, facts, declared, problem):
-    found = sass.problems(cap, {**FACTS, **facts}, declared)
+    found = sass.problems(cap, {**FACTS, **facts}, declared, grid=(2**20, 65535))
     assert [problem in line for line in found] == ([] if problem is None else [True])
 
 
@@ -194,6 +194,10 @@ def test_arguments_are_specialised_as_at_a_launch():
     assert len(others | {key(), key(cap=80), key(warps=4)}) == 9
 
 
+def test_a_grid_that_is_too_large():
+    assert "a grid of 1 x 65536 programs" in sass.problems(90, FACTS, 0, grid=(1, 65536))[0]
+
+
 def test_the_sample_and_the_whole():
     sample, every = cases.sample(sass.DEVICES), cases.every(sass.DEVICES)
     assert set(sample) < set(every)
@@ -201,14 +205,15 @@ def test_the_sample_and_the_whole():
     assert {(case.cap, case.kernel, case.stride) for case in sample} == kernels
     whole = {(case.C, case.side, case.stride) for case in sample if case.cap == 90 and case.kernel == "depthwise_bwd"}
     assert {(32, 112, 1), (96, 112, 2), (960, 7, 1), cases.ODD} < whole
-    assert len(whole) == 10 + 6 + 1
+    assert len(whole) == 10 + 12 + 1
     assert cases.Case(80, "depthwise_fwd", 1344, 7, 1) in every  # alpha 1.4
     assert len({case.name for case in every}) == len(every)
 
 
-@pytest.mark.parametrize("kernel", cases.BLOCK_PASSES)
-def test_the_sample_has_every_tile_at_both_strides(kernel):
-    wanted = [case for case in cases.sample([90]) if case.kernel == kernel]
+@pytest.mark.parametrize("cap", sass.DEVICES)
+def test_the_sample_has_every_tile_at_both_strides_on_each_capability(cap):
+    kernel = "depthwise_bwd"  # which has most in registers
+    wanted = [case for case in cases.sample([cap]) if case.kernel == kernel and case.dtype == "bf16"]
     found = [(case.stride, cases.WORK[kernel](case).launch.arguments) for case in wanted]
     taken = {(stride, at["BLOCK_M"], at["BLOCK_C"], at["COLUMNS"]) for stride, at in found}
     assert taken == {(stride, *tile[:3]) for stride in (1, 2) for tile in tiles.DEPTHWISE}
