@@ -3,7 +3,7 @@
 PYTHON ?= python3
 EXTRAS ?= test
 PY := .venv/bin/python
-PARALLEL := -n auto --maxprocesses 4
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 DEMO := build/demo
 DIGITS := build/digits
 DEMO_NETWORK := --alpha 0.35 --resize 32 --preprocessing torchvision --data_url $(DIGITS)

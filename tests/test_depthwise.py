@@ -43,6 +43,8 @@ def network_shapes():
 def cases():
     for name, shape in CASES.items():
         for geometry, (stride, padding) in GEOMETRIES.items():
+            if padding == "same" and shape[2] % 2 and shape[3] % 2:
+                continue  # of odd sides it is the symmetric one
             yield pytest.param(shape, stride, padding, id=f"{name}, {geometry}")
     for shape, stride, padding in sorted(set(network_shapes())):
         name = "x".join(map(str, shape))

