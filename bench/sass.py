@@ -44,7 +44,7 @@ class Device(NamedTuple):
 
 
 # Processors, clock and bandwidth: NVIDIA's data sheets and architecture white papers. The clock is the boost clock; for
-# the B200 it follows from the data sheet's 75 TFLOPS in fp32; for the H100 it is what the SXM board holds under load.
+# the B200 it follows from the data sheet's 75 TFLOPS in fp32; for the H100 it is assumed, under its boost of 1.98 GHz.
 DEVICES = {
     80: Device("A100 SXM 80GB", 108, 1.410e9, 2.039e12, 164 * 1024, 2048, 32),
     86: Device("RTX A6000", 84, 1.800e9, 0.768e12, 100 * 1024, 1536, 16),
