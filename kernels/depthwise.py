@@ -19,11 +19,15 @@ from .partials import sum_partials
 MAX_CHANNELS = 65535 * 16  # what a GPU's grid has in its second dimension, of the narrowest tile
 
 
+def _new_output(x: Tensor, stride: int) -> Tensor:
+    N, C, H, W = x.shape
+    return common.allocate((N, C, cdiv(H, stride), cdiv(W, stride)), x)
+
+
 @torch.library.custom_op("mnv2::depthwise_fwd", mutates_args=())
 def depthwise_fwd(x: Tensor, weight: Tensor, stride: int, padding: str) -> Tensor:
     """Output ``[N, C, ceil(H / stride), ceil(W / stride)]`` of ``x [N, C, H, W]`` and ``weight [C, 1, 3, 3]``."""
-    N, C, H, W = x.shape
-    y = common.allocate((N, C, cdiv(H, stride), cdiv(W, stride)), x)
+    y = _new_output(x, stride)
     depthwise_fwd_launch(x, weight, y, stride, padding).run(x.device)
     return y
 
@@ -55,8 +59,7 @@ def depthwise_grads(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding:
 
 @depthwise_fwd.register_fake
 def _(x: Tensor, weight: Tensor, stride: int, padding: str) -> Tensor:
-    N, C, H, W = x.shape
-    return common.allocate((N, C, -(-H // stride), -(-W // stride)), x)
+    return _new_output(x, stride)
 
 
 @depthwise_input_grad.register_fake

@@ -261,7 +261,7 @@ def _front(size: int, stride: int, padding: str) -> int:
     return 0 if padding == "same" and stride == 2 and size % 2 == 0 else 1
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # a server's shapes may never end
 def _walk(
     x_shape: tuple[int, ...], stride: int, padding: str, device: torch.device, *, backward: bool
 ) -> tuple[tuple[int, int], dict[str, int], tiles.DepthwiseTile]:
