@@ -4,11 +4,25 @@ The operations are functions of tensors in torch's shapes with NHWC memory; ``re
 """
 
 from . import reference
+from .block_inference import inverted_residual_inference
 from .common import BatchNorm
 from .depthwise import depthwise_conv2d
+from .head_inference import conv_relu6_mean
 from .modules import DepthwiseConv2d, Replacement, replace_depthwise
+from .pack import PackedBlock, pack_inverted_residual
 
-__all__ = ["BatchNorm", "DepthwiseConv2d", "Replacement", "depthwise_conv2d", "reference", "replace_depthwise"]
+__all__ = [
+    "BatchNorm",
+    "DepthwiseConv2d",
+    "PackedBlock",
+    "Replacement",
+    "conv_relu6_mean",
+    "depthwise_conv2d",
+    "inverted_residual_inference",
+    "pack_inverted_residual",
+    "reference",
+    "replace_depthwise",
+]
 
 # Another distribution installs a package named `kernels` too; mnv2 checks for this name before it uses ours.
 DISTRIBUTION = "mnv2"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int = 1
     spill_bytes: int = 0  # what the tile's row declares, a thread
+    trips: int = 1  # times that a program runs its loop
 
     def run(self, device: torch.device) -> None:
         """Launch on ``device`` (Triton does on the current one). An empty grid does nothing."""
@@ -106,10 +108,21 @@ def allocate_like(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+class Limits(NamedTuple):
+    """What a choice of tiles must know of a device: multiprocessors, and bytes of shared memory for a program."""
+
+    processors: int
+    shared: int
+
+
 @functools.cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of ``device``; those of an H100 where it is no GPU, for reports made without one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def limits(device: torch.device) -> Limits:
+    """Limits of ``device``; those of an H100 where it is no GPU, for reports made without one."""
+    if device.type != "cuda":
+        return Limits(132, 232448)
+    properties = torch.cuda.get_device_properties(device)
+    reserved = 1024  # the driver's, a block; without them one block may have all of a multiprocessor's
+    return Limits(properties.multi_processor_count, properties.shared_memory_per_multiprocessor - reserved)
 
 
 @functools.cache
@@ -135,12 +148,24 @@ def unsupported_device(device: torch.device) -> str | None:
     return None
 
 
+def dot_precision(x: Tensor) -> str:
+    """How matrices of x's type are multiplied: in fp32 as torch's convolutions are, TF32 or IEEE."""
+    return "tf32" if x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast wants for an operation on ``x``, or None outside autocast (fp64 is left alone)."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Where autocast changes nothing on ``device``; it costs and exports nothing where autocast is off."""
+    kind = device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -186,3 +211,13 @@ def check_nhwc(name: str, x: Tensor) -> None:
 def cdiv(a: int, b: int) -> int:
     """``a / b`` rounded up."""
     return -(-a // b)
+
+
+def front_padding(size: int, stride: int, padding: str) -> int:
+    """Zeros in front of ``size`` pixels for a filter of three."""
+    return 0 if padding == "same" and stride == 2 and size % 2 == 0 else 1
+
+
+def covered(starts: range, length: int, end: int) -> int:
+    """Pixels of [0, end) in windows of ``length`` from each of ``starts`` on, counted once for each window."""
+    return sum(max(0, min(start + length, end) - max(start, 0)) for start in starts)

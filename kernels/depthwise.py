@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import common, reference
-from .common import cdiv
+from .common import Launch, cdiv
 from .depthwise_passes import depthwise_bwd_launch, depthwise_fwd_launch
-from .partials import sum_partials
+from .partials import sum_partials, sum_partials_launch
 
 MAX_CHANNELS = 65535 * 16  # what a GPU's grid has in its second dimension, of the narrowest tile
 
@@ -122,6 +122,16 @@ class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         return _backward(ctx, *grads)
+
+
+def every_launch(x: Tensor, weight: Tensor, stride: int, padding: str, *, gradients: bool) -> list[Launch]:
+    """One launch of each kernel that inputs of x's height, width and type take; batches of any size share them."""
+    y = _new_output(x, stride)
+    launches = [depthwise_fwd_launch(x, weight, y, stride, padding)]
+    if gradients:
+        backward = depthwise_bwd_launch(y, x, weight, common.allocate_like(x), stride, padding)
+        launches += [backward, sum_partials_launch(backward.arguments["partials_ptr"], common.allocate_like(weight))]
+    return launches
 
 
 def unsupported(x: Tensor, weight: Tensor, stride: int = 1) -> str | None:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, tiles
-from .common import Launch, Traffic, cdiv
+from .common import Launch, Traffic, cdiv, covered, front_padding
 
 # Sizes are arguments that are never specialised: one compiled kernel serves every batch, and every resolution with the
 # same tile and padding.
@@ -256,11 +256,6 @@ def _depthwise_bwd_kernel(
             tl.store(out + t * C, tl.sum(sums[t], axis=0), mask=offs_c < C)
 
 
-def _front(size: int, stride: int, padding: str) -> int:
-    """Zeros in front of ``size`` pixels."""
-    return 0 if padding == "same" and stride == 2 and size % 2 == 0 else 1
-
-
 @functools.lru_cache(maxsize=1024)  # a server's shapes may never end
 def _walk(
     x_shape: tuple[int, ...], stride: int, padding: str, device: torch.device, *, backward: bool
@@ -271,14 +266,14 @@ def _walk(
     """
     N, C, H, W = x_shape
     H_out, W_out = cdiv(H, stride), cdiv(W, stride)
-    pad_h, pad_w = _front(H, stride, padding), _front(W, stride, padding)
+    pad_h, pad_w = front_padding(H, stride, padding), front_padding(W, stride, padding)
     rows, columns = (H_out + 1 - pad_h, W_out + 1 - pad_w) if backward else (H_out, W_out)
     tile = tiles.depthwise_tile(C, W_out)
     strips_w = cdiv(columns, tile.COLUMNS)
     if N * strips_w >= 2**31:
         raise ValueError(f"x: expected fewer than 2^31 strips of {tile.COLUMNS} columns, got shape {x_shape}")
     groups, blocks_c = cdiv(N * strips_w, tile.BLOCK_M), cdiv(C, tile.BLOCK_C)
-    ROWS = tiles.depthwise_rows(rows, groups * blocks_c, tile.num_warps, common.processors(device))
+    ROWS = tiles.depthwise_rows(rows, groups * blocks_c, tile.num_warps, common.limits(device).processors)
     chunks = cdiv(rows, ROWS)
     sizes = dict(strips=N * strips_w, strips_w=strips_w, H=H, W=W, H_out=H_out, W_out=W_out, ROWS=ROWS, chunks=chunks)
     constants = dict(C=C, STRIDE=stride, PAD_H=pad_h, PAD_W=pad_w)
@@ -302,12 +297,12 @@ def depthwise_fwd_bytes(x: Tensor, weight: Tensor, y: Tensor, stride: int, paddi
     at = launch.arguments
     (N, C, H, W), (H_out, step) = x.shape, (y.shape[2], stride * at["COLUMNS"])
     top, left = -at["PAD_H"], -at["PAD_W"]
-    rows = _covered(
+    rows = covered(
         range(top, top + H_out * stride, at["ROWS"] * stride),
         (at["ROWS"] - 1) * stride + 3,
         min(H, top + (H_out - 1) * stride + 3),
     )
-    columns = _covered(range(left, left + at["strips_w"] * step, step), step - stride + 3, W)
+    columns = covered(range(left, left + at["strips_w"] * step, step), step - stride + 3, W)
     loaded = N * rows * columns * C * x.element_size() + launch.grid[0] * weight.nbytes
     return Traffic(x.nbytes + weight.nbytes, y.nbytes, loaded, y.nbytes)
 
@@ -344,8 +339,8 @@ def depthwise_bwd_bytes(
     N, C, H_out, W_out = dy.shape
     ahead = 2 - stride
     top, left = ((stride - 1) * (at[pad] - 1) - ahead for pad in ("PAD_H", "PAD_W"))
-    rows = _covered(range(top, H_out - ahead, at["ROWS"]), at["ROWS"] + 1 + ahead, H_out)
-    columns = _covered(
+    rows = covered(range(top, H_out - ahead, at["ROWS"]), at["ROWS"] + 1 + ahead, H_out)
+    columns = covered(
         range(left, left + at["strips_w"] * at["COLUMNS"], at["COLUMNS"]), at["COLUMNS"] + 1 + ahead, W_out
     )
     traffic = Traffic(dy.nbytes, 0, N * rows * columns * C * dy.element_size(), 0)
@@ -355,8 +350,3 @@ def depthwise_bwd_bytes(
         partials = at["partials_ptr"].nbytes
         traffic += Traffic(x.nbytes, partials, x.nbytes, partials)
     return traffic
-
-
-def _covered(starts: range, length: int, end: int) -> int:
-    """Pixels of [0, end) in windows of ``length`` from each of ``starts`` on, counted once for each window."""
-    return sum(max(0, min(start + length, end) - max(start, 0)) for start in starts)

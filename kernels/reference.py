@@ -7,12 +7,14 @@ the kernels do not serve. Precision is torch's own, autocast included.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import BatchNorm, check_nhwc, check_padding
+from .common import BatchNorm, check_nhwc, check_padding, without_autocast
+from .pack import PackedBlock
 
 
 def conv2d(
@@ -114,3 +116,63 @@ def inverted_residual(
     b = F.relu6(batch_norm(d, depthwise_norm), inplace=True)
     y = batch_norm(conv2d(b, project_weight), project_norm)
     return torch.add(x, y) if residual else y
+
+
+class FoldedWeights(NamedTuple):
+    """Weights of a packed block, still scaled, as torch's convolutions take them: ``unpacked`` makes it."""
+
+    expand_weight: Tensor | None
+    expand_bias: Tensor | None
+    depthwise_weight: Tensor
+    depthwise_bias: Tensor
+    project_weight: Tensor
+    project_bias: Tensor
+
+
+def unpacked(packed: PackedBlock) -> FoldedWeights:
+    """Weights of ``packed`` in torch's layouts, biases in the type of the activations too."""
+    expand, project = packed.expand_weight, packed.project_weight
+    return FoldedWeights(
+        None if expand is None else expand[:, :, None, None],
+        None if packed.expand_bias is None else packed.expand_bias.to(packed.dtype),
+        packed.depthwise_weight.t().reshape(packed.c_mid, 1, 3, 3).to(packed.dtype),
+        packed.depthwise_bias.to(packed.dtype),
+        project[:, :, None, None],
+        packed.project_bias.to(packed.dtype),
+    )
+
+
+def folded_block(x: Tensor, weights: FoldedWeights, *, stride: int, residual: bool, padding: str) -> Tensor:
+    """Inverted residual of ``x [N, c_in, H, W]`` with folded BatchNorm, expanded values held at a sixth."""
+    expand, expand_bias, depthwise, depthwise_bias, project, project_bias = weights
+    a = x if expand is None else F.hardtanh_(conv2d(x, expand, expand_bias), 0.0, 1.0)
+    d = conv2d(a, depthwise, depthwise_bias, stride=stride, groups=len(depthwise), padding=padding)
+    y = conv2d(F.hardtanh_(d, 0.0, 1.0), project, project_bias)
+    return y.add_(x) if residual else y
+
+
+def inverted_residual_inference(
+    x: Tensor,
+    packed: PackedBlock,
+    *,
+    stride: int,
+    residual: bool,
+    padding: str = "symmetric",
+    relu6_input: bool = False,
+) -> Tensor:
+    """Inverted residual with folded BatchNorm; arguments as in ``kernels.inverted_residual_inference``.
+
+    Expanded and depthwise values are held at a sixth of themselves, as ``packed`` has it; NaN stays NaN.
+    """
+    check_nhwc("x", x)
+    check_padding(padding)
+    with without_autocast(x.device):
+        x = F.relu6(x) if relu6_input else x
+        return folded_block(x, unpacked(packed), stride=stride, residual=residual, padding=padding)
+
+
+def conv_relu6_mean(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Mean over all pixels of ``relu6(conv1x1(x))``; arguments as in ``kernels.conv_relu6_mean``; NaN stays NaN."""
+    check_nhwc("x", x)
+    with without_autocast(x.device):
+        return F.relu6(conv2d(x, weight, bias.to(x.dtype)), inplace=True).mean((2, 3))

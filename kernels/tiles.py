@@ -7,9 +7,14 @@ tuned by batch, so a partial batch compiles nothing. Every row is compiled ahead
 
 from __future__ import annotations
 
+import functools
+import json
+from pathlib import Path
 from typing import NamedTuple
 
-from .common import cdiv
+from .common import Limits, cdiv
+
+RECORD = Path(__file__).with_name("tiles.json")  # written by `python -m bench.aot --all`
 
 
 class DepthwiseTile(NamedTuple):
@@ -52,3 +57,176 @@ def depthwise_rows(rows: int, programs: int, num_warps: int, processors: int) ->
     """
     chunks = min(cdiv(WARPS_PER_PROCESSOR * processors, max(programs, 1) * num_warps), cdiv(rows, MIN_ROWS))
     return cdiv(rows, chunks)
+
+
+class BlockTile(NamedTuple):
+    """BLOCK_M micro-tiles of TILE_H x TILE_W output pixels a program, c_mid in steps of BLOCK_E, c_out of BLOCK_O."""
+
+    TILE_H: int
+    TILE_W: int
+    BLOCK_M: int
+    BLOCK_E: int
+    BLOCK_O: int
+    num_warps: int
+    num_stages: int = 1
+    spill_bytes: int = 0
+    split: bool = False  # two kernels, with B stored between them
+    looped: bool = False  # and X read in a loop over c_in
+
+    def fitted(self, H_out: int, W_out: int) -> BlockTile:
+        """The same for an image of ``H_out x W_out`` pixels, which it cuts into equal parts."""
+        tile_h = cdiv(H_out, cdiv(H_out, self.TILE_H))
+        return self._replace(TILE_H=tile_h, TILE_W=cdiv(W_out, cdiv(W_out, self.TILE_W)))
+
+    def shared_bytes(self, c_in: int, c_out: int, stride: int, element_size: int) -> int:
+        """Shared memory of a program at most: the halo of X, which stays, and weights on their way to registers."""
+        rows, columns = ((tile - 1) * stride + 3 for tile in (self.TILE_H, self.TILE_W))
+        halo = 0 if self.split else rows * columns * self.BLOCK_M * cdiv(c_in, block_k(c_in)) * block_k(c_in)
+        weights = self.BLOCK_E * (min(c_in, BLOCK_K) if self.looped else c_in)
+        weights += 0 if self.split else self.BLOCK_E * c_out
+        return (halo + weights) * element_size + 8192
+
+
+class ProjectTile(NamedTuple):
+    """BLOCK_M pixels by BLOCK_O channels a program, c_mid in steps of BLOCK_K."""
+
+    BLOCK_M: int
+    BLOCK_O: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    spill_bytes: int = 0
+
+
+class HeadTile(NamedTuple):
+    """An image and BLOCK_O channels a program, which walks over BLOCK_P pixels and BLOCK_K channels of X at a time."""
+
+    BLOCK_P: int
+    BLOCK_O: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    spill_bytes: int = 0
+
+
+# A warp multiplies 16 micro-tiles at a time. With c_out of at most 32 it has 16 channels of c_mid and the sums of all
+# of c_out to itself; a larger c_out is dealt out to four warps, each with 16 of 64 channels. In two stages the weights
+# of the next step are on their way during this one, and fewer registers spill. Most rows use all 255 registers: what
+# spills are invariants of the loop, and a smaller micro-tile would expand more of its halo again. The last row of a
+# group is for small grids and for devices with little shared memory.
+NARROW = (
+    BlockTile(2, 4, 16, 16, 8, num_warps=1, num_stages=2, spill_bytes=192),
+    BlockTile(2, 2, 16, 16, 8, num_warps=1, num_stages=2, spill_bytes=64),
+)
+UNEXPANDED = (  # expand ratio 1: X alone comes in, and the sums of c_out of at most 32 are few
+    BlockTile(2, 4, 16, 16, 16, num_warps=1, num_stages=2, spill_bytes=64),
+    BlockTile(2, 2, 16, 16, 16, num_warps=1, num_stages=2),
+)
+MIDDLE = (  # c_out of at most 64: whole rows of 14 at stride 1, of whose halo only two columns are expanded in vain
+    BlockTile(1, 14, 16, 64, 32, num_warps=4, num_stages=2, spill_bytes=176),
+    BlockTile(1, 7, 16, 64, 32, num_warps=4, spill_bytes=64),
+    BlockTile(2, 2, 16, 64, 32, num_warps=4, spill_bytes=32),
+)
+BROAD = (  # at most 96: the sums of 14 pixels would not fit into registers
+    BlockTile(1, 7, 16, 64, 32, num_warps=4, num_stages=2, spill_bytes=96),
+    BlockTile(2, 2, 16, 64, 32, num_warps=4, spill_bytes=64),
+    BlockTile(1, 2, 16, 64, 32, num_warps=4, spill_bytes=32),
+)
+BROADER = (  # at most 128: nor would those of 7
+    BlockTile(1, 5, 16, 64, 32, num_warps=4, num_stages=2, spill_bytes=192),
+    BlockTile(1, 2, 16, 64, 32, num_warps=4, spill_bytes=32),
+)
+SHRINKING = (  # stride 2 to at most 160: eight warps hold the sums of 7 pixels
+    BlockTile(1, 7, 16, 128, 64, num_warps=8, num_stages=2, spill_bytes=160),
+    BlockTile(1, 2, 16, 64, 32, num_warps=4, spill_bytes=32),
+)
+SPLIT = (  # the rest: B is stored, 0.19 MB an image in each of the last three blocks; no sums of c_out in registers
+    BlockTile(7, 7, 16, 64, 16, num_warps=8, spill_bytes=96, split=True),  # images of 7 x 7 and less: nothing twice
+    BlockTile(2, 7, 16, 64, 16, num_warps=4, spill_bytes=64, split=True),
+)
+LOOPED = BlockTile(1, 2, 16, 32, 16, num_warps=2, spill_bytes=32, split=True, looped=True)  # whatever doesn't fit else
+PROJECT = ProjectTile(64, 64, 32, num_warps=4, num_stages=3)
+HEAD = (  # the narrowest that holds all pixels: 7 x 7 and 6 x 6 fill three quarters and a half of 64
+    HeadTile(16, 128, 32, num_warps=4, num_stages=3),
+    HeadTile(32, 128, 32, num_warps=4, num_stages=3),
+    HeadTile(64, 128, 32, num_warps=4, num_stages=3),
+)
+BLOCK_K = 32
+MAX_UNROLLED = 256  # c_in; what is wider is read in a loop, as each product of it is code
+WARPS_TO_FILL = 4  # a processor's schedulers
+
+
+def block_k(c_in: int) -> int:
+    """Channels of X in one product of matrices."""
+    return 16 if c_in <= 16 else BLOCK_K
+
+
+def _block_rows(c_in: int, c_out: int, stride: int, H_out: int, W_out: int, expands: bool) -> tuple[BlockTile, ...]:
+    small = stride == 1 and max(H_out, W_out) <= 7
+    if expands and c_in > MAX_UNROLLED:
+        return ()
+    if c_out <= 32:
+        return NARROW if expands else UNEXPANDED
+    if c_out <= 64 and expands:
+        return MIDDLE if stride == 1 else MIDDLE[1:]
+    if c_out <= 96 and expands:
+        return BROAD
+    if c_out <= 128 and expands and not small:
+        return BROADER
+    if c_out <= 160 and stride == 2 and c_in <= 96:
+        return SHRINKING
+    return SPLIT if small else SPLIT[1:]
+
+
+@functools.lru_cache(maxsize=1024)  # like ``pick``, on the way of every launch; a server's shapes may never end
+def block_tiles(
+    c_in: int,
+    c_out: int,
+    stride: int,
+    H_out: int,
+    W_out: int,
+    element_size: int,
+    limits: Limits,
+    *,
+    expands: bool,
+) -> tuple[BlockTile, ...]:
+    """Tiles for a block with an output of ``H_out x W_out``, the cheapest on a full grid first; all fit the device."""
+    rows = [row.fitted(H_out, W_out) for row in _block_rows(c_in, c_out, stride, H_out, W_out, expands)]
+    fitting = tuple(row for row in rows if row.shared_bytes(c_in, c_out, stride, element_size) <= limits.shared)
+    return fitting or (LOOPED.fitted(H_out, W_out),)
+
+
+@functools.lru_cache(maxsize=1024)
+def pick(rows: tuple[BlockTile, ...], N: int, c_mid: int, H_out: int, W_out: int, limits: Limits) -> BlockTile:
+    """The first of ``rows`` whose programs for N images keep the device's schedulers busy, else the last."""
+    for row in rows:
+        programs = cdiv(N * cdiv(H_out, row.TILE_H) * cdiv(W_out, row.TILE_W), row.BLOCK_M)
+        programs *= cdiv(c_mid, row.BLOCK_E) if row.split else 1
+        if programs * row.num_warps >= WARPS_TO_FILL * limits.processors:
+            return row
+    return rows[-1]
+
+
+def head_tile(pixels: int) -> HeadTile:
+    """Tile for images of ``pixels`` pixels."""
+    return next((tile for tile in HEAD if pixels <= tile.BLOCK_P), HEAD[-1])
+
+
+def record_key(
+    kernel: str, c_in: int, c_mid: int, c_out: int, stride: int, tile: BlockTile | HeadTile
+) -> tuple[str | int, ...]:
+    """What names a row of the record; two sides of an image differ by a few instructions and share their name."""
+    sizes = (int(value) for name, value in tile._asdict().items() if name != "spill_bytes")
+    return kernel, c_in, c_mid, c_out, stride, *sizes
+
+
+@functools.cache
+def record() -> dict[tuple[str | int, ...], dict[str, int]]:
+    """Facts of compiled kernels by ``record_key``: registers, spills, instructions (sm_90, half precision).
+
+    Their ``trips`` are those of the loop as it was compiled, fewer than the launch's where it was unrolled.
+    """
+    if not RECORD.exists():
+        return {}
+    rows = json.loads(RECORD.read_text())["rows"]
+    return {tuple(row["key"]): row for row in sorted(rows, key=lambda row: row["side"])}  # the largest side counts

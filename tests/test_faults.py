@@ -1,15 +1,17 @@
-"""The test bed finds what it is there to find: kernels with a planted fault fail the depthwise op's own check."""
+"""The test bed finds what it is there to find: kernels with a planted fault fail the operations' own checks."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_block_inference import check as check_block
 from test_depthwise import check
 
-from kernels import depthwise_passes
+from kernels import block_inference_kernels, block_inference_passes, depthwise_passes
 
 # fault: (kernel, what its source says, what it says with the fault, how the check fails, how it fails in ttsem)
 FAULTS = {
@@ -67,15 +69,38 @@ FAULTS = {
 SHAPE, STRIDE, PADDING = (4, 8, 20, 6), 2, "same"
 
 
-def with_fault(name: str, old: str, new: str, folder: Path):
-    """The depthwise kernel ``name`` with ``new`` in place of ``old``, from a file as jit wants it."""
-    source = Path(depthwise_passes.__file__).read_text()
-    source = source[source.index("_SIZES =") : source.index("def _front")]
-    assert old in source, f"the fault's place is gone from {depthwise_passes.__file__}: {old}"
+# fault of the block at inference: (what the source says, what it says with the fault, how the check fails, in ttsem)
+BLOCK_FAULTS = {
+    "wrong tap": ("wd[3 * ky + kx] * a", "wd[3 * kx + ky] * a", "Y: error .* allowed", "Y: error .* allowed"),
+    "bias outside the image": (
+        "zeros + inside, zeros",
+        "zeros + 1.0, zeros",
+        "Y: error .* allowed",
+        "Y: error .* allowed",
+    ),
+    "unwritten output": (
+        "(y < g.H_out)",
+        "(y < g.H_out - 1)",
+        "Y: .* values are not finite",
+        "Y: .* values are not finite",
+    ),
+    "read past the end": (
+        "inside = inside & (y + r < g.H)",
+        "inside = inside & (y + r < g.H + 1)",
+        "Y: (.* values are not finite|error .* allowed)",
+        "reads .* past the end of the tensor passed as `x_ptr`",
+    ),
+}
+
+
+def with_fault(name: str, source: str, old: str, new: str, folder: Path, monkeypatch):
+    """The kernel ``name`` of ``source`` with ``new`` in place of ``old``, from a file as jit wants it."""
+    assert old in source, f"the fault's place is gone: {old}"
     path = folder / "faulty.py"
-    path.write_text("import triton\nimport triton.language as tl\n\n" + source.replace(old, new))
+    path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location("faulty", path)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return getattr(module, name)
 
@@ -84,10 +109,24 @@ def with_fault(name: str, old: str, new: str, folder: Path):
 def test_a_planted_fault_is_found(fault, request, device, memory, tmp_path, monkeypatch):
     sanitize = request.config.getoption("--sanitize")
     name, old, new, found, found_in_ttsem = FAULTS[fault]
-    monkeypatch.setattr(depthwise_passes, name, with_fault(name, old, new, tmp_path))
+    source = Path(depthwise_passes.__file__).read_text()
+    source = source[source.index("_SIZES =") : source.index("@functools.lru_cache")]
+    source = "import triton\nimport triton.language as tl\n\n" + source
+    monkeypatch.setattr(depthwise_passes, name, with_fault(name, source, old, new, tmp_path, monkeypatch))
     with pytest.raises(Exception, match=found_in_ttsem if sanitize else found):
         check(SHAPE, STRIDE, PADDING, torch.bfloat16 if sanitize else torch.float16, device, memory)
     memory.buffers.clear()  # what the fault did to them is known
+
+
+@pytest.mark.parametrize("fault", BLOCK_FAULTS)
+def test_a_fault_in_the_block_is_found(fault, request, device, memory, tmp_path, monkeypatch):
+    sanitize = request.config.getoption("--sanitize")
+    old, new, found, found_in_ttsem = BLOCK_FAULTS[fault]
+    source, name = Path(block_inference_kernels.__file__).read_text(), "inverted_residual_kernel"
+    monkeypatch.setattr(block_inference_passes, name, with_fault(name, source, old, new, tmp_path, monkeypatch))
+    with pytest.raises(Exception, match=found_in_ttsem if sanitize else found):
+        check_block(1, 3, 4, 8, 24, 8, 1, "symmetric", torch.bfloat16 if sanitize else torch.float32, device, memory)
+    memory.buffers.clear()
 
 
 def test_the_same_without_a_fault(device, memory):
