@@ -21,9 +21,10 @@ from mnv2.distributed import StopSignals, World, world
 from mnv2.engine import Progress
 from mnv2.inputs import TrainingData, evaluation_loader, find_training_data, training_loader
 from mnv2.logs import RunLog
-from mnv2.precision import numerics
+from mnv2.precision import dtype, numerics
 from mnv2.session import Session
 from mnv2.trainer import Trainer
+from mnv2.warmup import warm_up
 from mnv2.weights import Weights, find
 
 
@@ -66,6 +67,7 @@ def run(config: TrainConfig, world: World, saved: Saved | None) -> None:
     network = make_network(config, world, data)
     if start is not None and saved is None:
         load(start, network, data, world)
+    warm_up(network, world, config.batch_size, config.resize, dtype(config.precision))
     trainer = Trainer(network, config, world)
     progress = saved.restore(trainer, config, data, world) if saved is not None else Progress()
     log = RunLog(config, world, progress, steps=steps, num_classes=data.num_classes)

@@ -13,14 +13,17 @@ from collections.abc import Sequence
 import torch
 
 from mnv2 import MobileNetV2
-from mnv2.config import ValidateConfig, check_backend, exit_status, parse
+from mnv2.config import RunError, ValidateConfig, check_backend, exit_status, parse
 from mnv2.data import Loader, SyntheticLoader
 from mnv2.distributed import World, world
 from mnv2.engine import Evaluation, evaluate
 from mnv2.files import list_pictures, prepare
+from mnv2.fold import fold
+from mnv2.inference import InferenceNetwork
 from mnv2.inputs import evaluation_loader
 from mnv2.logs import evaluation_lines
-from mnv2.precision import autocast, numerics
+from mnv2.precision import autocast, dtype, numerics
+from mnv2.warmup import warm_up
 from mnv2.weights import find
 
 
@@ -48,8 +51,22 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
         f"alpha {config.alpha}, {config.resize} px, {num_classes} classes, preprocessing {config.preprocessing}, "
         f"weights: {trained or 'none, the network has learnt nothing'}"
     )
+    network = folded(model.to(world.device), config)
+    warm_up(network, world, config.batch_size, config.resize, dtype(config.precision))
+    if config.explain:
+        world.print(network.explain(config.batch_size, config.resize))
     with autocast(config.precision, world.device):
-        return evaluate(model.to(world.device), loader, total, world, config.smooth_factor)
+        return evaluate(network, loader, total, world, config.smooth_factor)
+
+
+def folded(model: MobileNetV2, config: ValidateConfig) -> MobileNetV2 | InferenceNetwork:
+    """The network that is evaluated: BatchNorm folded in the precision asked for, unless ``--fold false``."""
+    if not config.fold:
+        return model
+    try:
+        return fold(model, dtype(config.precision))
+    except ValueError as error:
+        raise RunError(f"can't fold BatchNorm (--fold false goes without): {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,9 @@ if getattr(kernels, "DISTRIBUTION", None) != "mnv2":
         f"{place}: run `pip uninstall kernels`, then reinstall mnv2"
     )
 
+from .fold import fold
+from .inference import InferenceNetwork
 from .model import MobileNetV2, layer_shapes
 
 __version__ = "0.1.0"
-__all__ = ["MobileNetV2", "layer_shapes"]
+__all__ = ["InferenceNetwork", "MobileNetV2", "fold", "layer_shapes"]

@@ -115,9 +115,7 @@ class RunConfig:
     pretrained: bool | str = option(
         False, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
     )
-    backend: str = option(
-        "auto", "how depthwise convolutions run: Triton kernels, PyTorch, or what the GPU allows", choices=BACKENDS
-    )
+    backend: str = option("auto", "how blocks run: Triton kernels, PyTorch, or what the GPU allows", choices=BACKENDS)
     padding: str = option("symmetric", "zeros at stride 2: torchvision's or TensorFlow's", choices=PADDINGS, fixed=True)
     norm_eps: float = option(1e-5, "epsilon of every BatchNorm; 1e-3 for TensorFlow's weights", fixed=True)
     batch_size: int = option(64, "pictures a process and forward pass", fixed=True)
@@ -285,6 +283,8 @@ class ValidateConfig(RunConfig):
         True, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
     )
     ema: bool = option(True, "take a checkpoint's averaged weights where it has them")
+    fold: bool = option(True, "fold BatchNorm into the convolutions and run each block as one operation")
+    explain: bool = option(False, "print first which path each layer takes and why, its bytes, and what bounds it")
 
 
 def _check(config: RunConfig, name: str, check: Callable[[Any], None]) -> None:

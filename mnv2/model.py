@@ -9,13 +9,18 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels import BatchNorm, DepthwiseConv2d, depthwise_conv2d, reference
-from kernels.common import BACKENDS, check_choice, check_padding
+from kernels import BatchNorm, DepthwiseConv2d, common, depthwise_conv2d, reference
+from kernels.common import BACKENDS, Launch, check_choice, check_padding
+from kernels.depthwise import every_launch, runs_kernels
+from kernels.warmup import compile_ahead
+
+if TYPE_CHECKING:
+    from .explain import Explanation
 
 # (expand ratio t, output channels c at alpha 1, repeats n, stride s of the first repeat)
 BLOCKS = (
@@ -185,11 +190,11 @@ class InvertedResidual(nn.Module):
             return x + self.conv(x) if self.shape.residual else self.conv(x)
         return reference.inverted_residual(
             x,
-            _weight(expand[0][0], expand[0][2]) if expand else None,
+            convolution_weight(expand[0][0], expand[0][2]) if expand else None,
             _batch_norm(expand[0][1]) if expand else None,
-            _weight(depthwise[0], depthwise[2]),
+            convolution_weight(depthwise[0], depthwise[2]),
             _batch_norm(depthwise[1]),
-            _weight(project),
+            convolution_weight(project),
             _batch_norm(project_norm),
             stride=self.shape.stride,
             residual=self.shape.residual,
@@ -198,7 +203,7 @@ class InvertedResidual(nn.Module):
         )
 
 
-def _weight(conv: nn.Module, activation: nn.Module | None = None) -> Tensor:
+def convolution_weight(conv: nn.Module, activation: nn.Module | None = None) -> Tensor:
     """Weight of ``conv``, unless the operation would ignore what a user has put in its place or behind it."""
     if not isinstance(conv, Conv2d | DepthwiseConv2d) or conv.bias is not None:
         raise TypeError(f"conv: expected Conv2d without bias for each convolution of the block, got {conv}")
@@ -300,6 +305,26 @@ class MobileNetV2(nn.Module):
             raise ValueError(f"x: expected pictures [N, 3, H, W], got shape {tuple(x.shape)}")
         x = self.features(x.contiguous(memory_format=torch.channels_last))
         return self.classifier(x.mean((2, 3)))
+
+    def warmup(
+        self, batch: int = 64, resize: int = 224, dtype: torch.dtype | None = None, *, progress: bool = True
+    ) -> int:
+        """Compile every kernel that pictures of side ``resize`` run, gradients' in training; how many there were.
+
+        Batches of any size share them. ``dtype`` is autocast's, None for the type of the weights.
+        """
+        launches: list[Launch] = []
+        for conv, layer in zip(self._depthwise(), self.layer_shapes(resize)[1:-2], strict=True):
+            x = common.allocate((1, layer.c_mid, layer.height, layer.width), conv.weight, dtype)
+            if runs_kernels(x, conv.weight, layer.stride, conv.backend):
+                launches += every_launch(x, conv.weight, layer.stride, self.padding, gradients=self.training)
+        return compile_ahead(launches, next(self.parameters()).device, progress=progress)
+
+    def explain(self, batch: int = 64, resize: int = 224) -> Explanation:
+        """Which path each layer takes in evaluation and why, and its bytes; its text is a table (``mnv2.explain``)."""
+        from .explain import explain_unfolded  # which knows this class
+
+        return explain_unfolded(self, batch, resize)
 
     def layer_shapes(self, resize: int = 224) -> Sequence[LayerShape]:
         """Shapes and multiply-adds of this network's layers for a square picture of side ``resize``."""

@@ -12,6 +12,11 @@ import torch
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def dtype(precision: str) -> torch.dtype:
+    """The type that ``precision`` names."""
+    return _DTYPES[precision]
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """Where the network computes in ``precision``: "fp32" as it is, "fp16" or "bf16" by ``torch.autocast``."""
     return torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32")

@@ -1,0 +1,159 @@
+"""Folding: from a trained network to the inference network.
+
+    scale = gamma / sqrt(var + eps),   w' = w scale,   b' = beta - mean scale
+
+in fp64, then rounded once to the type of the network.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import pack_inverted_residual
+from kernels.common import DTYPES, check_choice, without_autocast
+
+from .inference import FoldedStem, InferenceNetwork, build, expected_tensors
+from .model import InvertedResidual, MobileNetV2, convolution_weight, layer_shapes
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far a layer's output is from the unfolded network's in fp64: largest difference, and relative L2 norm."""
+
+    name: str
+    largest: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What folding and rounding did to the outputs for a batch of pictures."""
+
+    layers: tuple[LayerError, ...]
+    flips: int
+    pictures: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        """A line a layer, and the predictions that differ."""
+        lines = [f"{'layer':14} {'largest error':>14} {'relative (L2)':>14}"]
+        lines += [f"{layer.name:14} {layer.largest:14.3e} {layer.relative:14.3e}" for layer in self.layers]
+        kind = str(self.dtype).removeprefix("torch.")
+        lines.append(f"{kind}: {self.flips} of {self.pictures} predictions differ from the fp64 network's")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def fold(model: MobileNetV2, dtype: torch.dtype | None = None, *, check: Tensor | None = None) -> InferenceNetwork:
+    """The inference network of a trained one, with its backend, padding and device. ``model`` stays as it is.
+
+    Args:
+        model: a MobileNetV2 in training or evaluation; what is folded are its running statistics.
+        dtype: fp32, fp16 or bf16; None for the type of the model's weights.
+        check: pictures ``[N, 3, H, W]``, on the model's device, for a certificate: the result's ``certificate`` then
+            tells for each layer how far the outputs are from those of ``model`` in fp64, and how many predictions flip.
+
+    Raises:
+        TypeError: ``model`` is no MobileNetV2, a module of it was replaced by something that can't be folded, or
+            ``dtype`` is none of the three.
+        ValueError: a BatchNorm has no running statistics, or a weight leaves the range of ``dtype``.
+    """
+    if not isinstance(model, MobileNetV2):
+        raise TypeError(f"model: expected a MobileNetV2, got {type(model).__name__}")
+    if dtype is None:
+        dtype = next(model.parameters()).dtype
+    check_choice("dtype", dtype, DTYPES)
+    *features, classifier = layer_shapes(model.alpha, num_classes=model.num_classes)
+    tensors: dict[str, Tensor] = {}
+    for shape, module in zip(features, model.features, strict=True):
+        if shape.kind == "block":
+            folded = _fold_block(module, shape.name, dtype)
+        else:
+            folded = _folded(module, shape.name)
+        tensors |= {f"{shape.name}.{name}": tensor for name, tensor in folded.items()}
+    linear = model.classifier[-1]
+    if not isinstance(linear, nn.Linear) or linear.bias is None:
+        raise TypeError(f"model: expected nn.Linear with bias as {classifier.name}, got {linear}")
+    tensors |= {"classifier.weight": linear.weight, "classifier.bias": linear.bias}
+    layers = (*features, classifier)
+    wanted = {name: kind for layer in layers for name, (_, kind) in expected_tensors(layer, dtype).items()}
+    network = build(
+        {name: tensor.detach().to(wanted[name], copy=True) for name, tensor in tensors.items()},
+        alpha=model.alpha,
+        num_classes=model.num_classes,
+        padding=model.padding,
+        backend=model.backend,
+        dtype=dtype,
+    )
+    for name, tensor in network.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: expected finite numbers in the range of {tensor.dtype} once folded, got others")
+    if check is not None:
+        network.certificate = certify(network, model, check)
+    return network
+
+
+def _fold_block(block: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    if not isinstance(block, InvertedResidual):
+        raise TypeError(f"model: expected InvertedResidual as {name}, got {type(block).__name__}")
+    *normed, last, norm = block.conv
+    convolutions: list[Any] = [*normed, (last, norm)]
+    folded = [_folded(layers, f"{name}.conv.{index}") for index, layers in enumerate(convolutions)]
+    expand, depthwise, project = folded if len(folded) == 3 else ({}, *folded)
+    weights: list[Any] = [part.get(kind) for part in (expand, depthwise, project) for kind in ("weight", "bias")]
+    try:
+        packed = pack_inverted_residual(*weights, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return {field: tensor for field, tensor in packed._asdict().items() if tensor is not None}
+
+
+def _folded(layers: Any, name: str) -> dict[str, Tensor]:
+    """Weight and bias, in fp64, of a convolution followed by BatchNorm and perhaps ReLU6."""
+    conv, norm, *activation = layers
+    try:
+        weight = convolution_weight(conv, *activation).detach().double()
+    except TypeError as error:
+        raise TypeError(f"model: {name}: {error}") from None
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        raise TypeError(f"model: expected BatchNorm behind the convolution of {name}, got {type(norm).__name__}")
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError(
+            f"model: expected running statistics in the BatchNorm of {name}, got track_running_stats=False"
+        )
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return {"weight": weight * scale[:, None, None, None], "bias": shift}
+
+
+@torch.no_grad()
+def certify(network: InferenceNetwork, model: MobileNetV2, pictures: Tensor) -> Certificate:
+    """Run ``pictures [N, 3, H, W]`` through both, ``model`` in fp64 and evaluation, and compare after each layer."""
+    exact = copy.deepcopy(model).double().eval()
+    exact.backend = "torch"
+    stem, *others, head = exact.features
+    # As the folded layers end: the stem's ReLU6 comes with the block behind it, the mean with the head.
+    originals: list[Callable[[Tensor], Tensor]] = [stem, *others, lambda x: head(x).mean((2, 3)), exact.classifier]
+    truth = pictures.double().contiguous(memory_format=torch.channels_last)
+    got = pictures.to(network.dtype, memory_format=torch.channels_last)
+    errors = []
+    with without_autocast(pictures.device):
+        for (name, layer), original in zip(network.layers(), originals, strict=True):
+            truth, got = original(truth), layer(got)
+            shown = F.relu6(got) if isinstance(layer, FoldedStem) else got
+            difference = shown.double() - truth
+            relative = difference.norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)
+            errors.append(LayerError(name, difference.abs().max().item(), relative.item()))
+    flips = int((truth.argmax(1) != got.argmax(1)).sum())
+    return Certificate(tuple(errors), flips, len(pictures), network.dtype)
