@@ -1,9 +1,12 @@
 """Compile the kernels for GPUs that are not here, and say what their code costs: ``python -m bench.aot --help``.
 
-Each row is one launch as its launcher would make it, on tensors of the meta device. Its instructions and bytes, over
-what one representative device a capability can do, bound the time from below; nothing is timed. The grid is that of an
-H100's 132 processors on every capability, and every walk of a loop is counted at full length. Which launches:
-``bench/cases.py``.
+Each row is one launch as its launcher would make it, on tensors of the meta device. Its bytes, instructions, products
+and passes through shared memory, over what one representative device a capability can do, bound the time; nothing is
+timed. Depthwise grids are those of an H100's 132 processors on every capability, and every walk of a loop is counted at
+full length. Which launches: ``bench/cases.py``.
+
+What blocks at inference are made of on sm_90 is written down beside their tiles too, in ``kernels/tiles.json``; a run
+fails where it has changed.
 """
 
 # Torch, Triton and the kernels are imported where they are used: TRITON_INTERPRET is refused before them.
@@ -26,21 +29,25 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
-from bench import sass
-from bench.cases import BATCH, WORK, Case, Work, every, sample
+from bench import sass, tile_record
+from bench.cases import BATCH, WORK, Case, Work, blocks_of_network, every, sample
 from bench.sass import Facts
+
+if TYPE_CHECKING:
+    from kernels.common import Launch
+    from kernels.roofline import Bounds
 
 RECORD = Path(__file__).resolve().parent / "results" / "aot.json"
 SAVE_SECONDS = 10
 NOTE = "Bounds from counted bytes and instructions, not timings: no kernel was run."
-GIVEN = ("C", "STRIDE", "PAD_H", "PAD_W")  # compile-time sizes that the shape gives, where the tile gives the others
+TILE = ("BLOCK_", "COLUMNS", "TILE_")  # how the compile-time sizes begin that the tile gives
 COLUMNS = {  # of the table: how each shows a report
     "kernel": "{kernel}",
-    "shape": "{C}x{height}x{width}/{stride}",
+    "shape": "{shape}",
     "type": "{dtype}",
     "padding": "{padding}",
     "tile": "{tile}",
@@ -52,6 +59,8 @@ COLUMNS = {  # of the table: how each shows a report
     "ins/el": "{instructions_an_element:.1f}",
     "HBM us": "{hbm_us:.3f}",
     "issue us": "{issue_us:.3f}",
+    "tensor us": "{tensor_us:.3f}",
+    "shared us": "{shared_us:.3f}",
     "binds": "{binds}",
 }
 
@@ -106,20 +115,50 @@ def plan(cases: Iterable[Case]) -> list[Row]:
     return rows
 
 
+def bounds(row: Row, facts: Facts) -> Bounds:
+    """Bounds of the row's launch, in seconds."""
+    programs = math.prod(row.work.launch.grid)
+    return sass.bounds(row.case.cap, facts, programs, row.work.compiled_trips(facts), row.work.touched)
+
+
+def blocks_bounds(rows: Iterable[Row], compiled: Mapping[str, Facts]) -> dict[int, dict[str, float]]:
+    """Bounds of the 17 blocks of alpha 1.0 at 224, where ``rows`` have them all: by capability, microseconds an image.
+
+    ``ours`` is the sum of the largest bounds of the launches, ``separate`` the bytes of three perfect convolutions a
+    block over the device's bandwidth.
+    """
+    from bench.executions import epilogue, rows_of, totals
+    from kernels import roofline
+    from mnv2.model import layer_shapes
+
+    there = {row.case: row for row in rows if "error" not in compiled.get(row.key, {"error": ""})}
+    found = {}
+    for cap in sorted({case.cap for case in there if case.kernel == "block"}):
+        blocks = blocks_of_network(cap)
+        if not set(blocks) <= there.keys():
+            continue
+        ours = math.fsum(max(bounds(there[case], compiled[there[case].key])) for case in blocks)
+        separate = totals(rows_of(epilogue, layer_shapes(1.0, 224), BATCH, False), BATCH)["blocks"] * 1e6
+        seconds = {"ours": ours / BATCH, "separate": separate / roofline.DEVICES[cap].bandwidth}
+        found[cap] = {name: round(value * 1e6, 3) for name, value in seconds.items()}
+    return found
+
+
 def report(row: Row, facts: Facts) -> Facts:
     """The row as the table and the record have it: facts, occupancy and bounds; times in microseconds an image."""
     case, work = row.case, row.work
     programs = math.prod(work.launch.grid)
-    inner, hbm, issue = sass.bounds(case.cap, facts, programs, work.trips, work.touched)
-    kernel, arguments = work.launch.kernel, work.launch.arguments
-    blocks = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr and p.name not in GIVEN}
+    inner = programs * facts["warps"] * (facts["loop"] * work.compiled_trips(facts) or facts["instructions"])
+    limits = bounds(row, facts)
+    blocks = {name: size for name, size in work.launch.arguments.items() if name.startswith(TILE)}
     return {
         **{name: value for name, value in dataclasses.asdict(case).items() if name != "side"},
+        "shape": case.shape,
         "height": case.side,
         "width": case.side,
         "tile": {"num_warps": work.launch.num_warps, **blocks},
         "programs": programs,
-        "trips": work.trips,
+        "trips": work.compiled_trips(facts),
         "registers": facts["registers"],
         "spill": facts["spill"],
         "declared_spill": work.launch.spill_bytes,
@@ -127,9 +166,8 @@ def report(row: Row, facts: Facts) -> Facts:
         "occupancy": round(sass.occupancy(case.cap, facts["registers"], facts["shared"], facts["warps"]), 4),
         "tensor_core": facts["tensor_core"],
         "instructions_an_element": round(32 * inner / work.elements, 2),
-        "hbm_us": round(hbm / BATCH * 1e6, 4),
-        "issue_us": round(issue / BATCH * 1e6, 4),
-        "binds": "HBM" if hbm >= issue else "issue",
+        **{f"{name}_us": round(seconds / BATCH * 1e6, 4) for name, seconds in limits._asdict().items()},
+        "binds": limits.binds,
         "key": row.key,
     }
 
@@ -144,6 +182,17 @@ def failures(rows: Iterable[Row], compiled: Mapping[str, Facts]) -> list[str]:
     return found
 
 
+def products(launch: Launch) -> int:
+    """Products of matrices that a block's kernel unrolls, by which its compilation takes long; 0 for other kernels."""
+    at = launch.arguments
+    if "TILE_H" not in at:
+        return 0
+    halo = math.prod((at[tile] - 1) * at["STRIDE"] + 3 for tile in ("TILE_H", "TILE_W"))
+    return halo * -(-at["C_IN"] // at["BLOCK_K"]) + at["TILE_H"] * at["TILE_W"] * -(
+        -(at["C_OUT"] or 0) // at["BLOCK_O"]
+    )
+
+
 def gather(
     rows: Sequence[Row],
     compiled: dict[str, Facts],
@@ -151,7 +200,8 @@ def gather(
     compile_jobs: Callable[[Mapping[str, Case]], Generator[tuple[str, Facts], None, None]],
 ) -> None:
     """Put the facts of each row's key into ``compiled``, compiling once what is missing, and ``save`` now and then."""
-    jobs = {row.key: row.case for row in rows if row.key not in compiled}
+    longest_first = sorted(rows, key=lambda row: products(row.work.launch), reverse=True)  # so that all end together
+    jobs = {row.key: row.case for row in longest_first if row.key not in compiled}
     saved = time.monotonic()
     try:
         with contextlib.closing(compile_jobs(jobs)) as stream:
@@ -180,7 +230,9 @@ def read_record(path: Path) -> dict[str, Facts]:
 def write_record(path: Path, command: str, rows: Iterable[Row], compiled: Mapping[str, Facts]) -> None:
     """Replace the record whole: a line a kernel and a row. What did not compile is left out, to be tried again."""
     good = {name: facts for name, facts in sorted(compiled.items()) if "error" not in facts}
+    rows = list(rows)
     head = {"command": command, "note": NOTE, "versions": {name: version(name) for name in ("torch", "triton")}}
+    head["blocks_bound_us"] = blocks_bounds(rows, compiled)
     kernels = ",\n".join(f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in good.items())
     lines = ",\n".join(
         json.dumps(report(row, good[row.key])) for row in sorted(rows, key=lambda row: row.case) if row.key in good
@@ -196,8 +248,10 @@ def write_record(path: Path, command: str, rows: Iterable[Row], compiled: Mappin
 
 def table(reports: Sequence[Facts]) -> str:
     """The reports in columns, grouped by capability."""
+    from kernels import roofline
+
     lines = [NOTE, f"us: microseconds an image at batch {BATCH}; ins/el: instructions of the loop an element"]
-    for cap, device in sass.DEVICES.items():
+    for cap, device in roofline.DEVICES.items():
         here = [{**report, "tile": _tile(report["tile"])} for report in reports if report["cap"] == cap]
         if not here:
             continue
@@ -215,7 +269,7 @@ def _tile(tile: Mapping[str, int]) -> str:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=" ".join(__doc__.split("\n\n")[:2]))
-    known = ",".join(map(str, sass.DEVICES))
+    known = ",".join(map(str, sass.CAPABILITIES))
     parser.add_argument("--cap", default=known, help="capabilities, by default %(default)s")
     parser.add_argument("--all", action="store_true", help=f"every shape of the variants, kept in {RECORD.name}; long")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains TEXT")
@@ -233,8 +287,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Compile what ``args`` ask for, record it and print it; the exit status."""
+    from kernels import roofline, tiles
+
     started = time.monotonic()
-    wanted = plan(every(sass.DEVICES) if args.all else sample(args.cap))
+    wanted = plan(every(sass.CAPABILITIES) if args.all else sample(args.cap))
     rows = [row for row in wanted if row.case.cap in args.cap and args.only in row.case.name]
     if not rows:
         raise ValueError(f"--only: expected a part of a row's name, got {args.only!r}")
@@ -255,9 +311,16 @@ def run(args: argparse.Namespace, command: str) -> int:
         for stale in compiled.keys() - {row.key for row in wanted}:
             del compiled[stale]
         save()
+        tile_record.write(tiles.RECORD, command, wanted, compiled)
     print(table([report(row, compiled[row.key]) for row in rows if "error" not in compiled[row.key]]), end="\n\n")
-    print(*(f"{row.case.name}: {note}\n" for row in rows for note in sass.remarks(compiled[row.key])), sep="", end="")
-    wrong = failures(rows, compiled)
+    notes = {row.case.name: sass.remarks(compiled[row.key], known=row.work.macs > 0) for row in rows}
+    print(*(f"{name}: {note}\n" for name, found in notes.items() for note in found), sep="", end="")
+    for cap, bound in blocks_bounds(rows, compiled).items():
+        print(
+            f"sm_{cap}: 17 blocks of alpha 1.0 at 224 take at least {bound['ours']:.2f} us an image on "
+            f"{roofline.DEVICES[cap].name}, {bound['separate']:.2f} as perfect separate convolutions by bytes alone"
+        )
+    wrong = failures(rows, compiled) + tile_record.changes(tiles.RECORD, rows, compiled)
     spilling = sum(compiled[row.key].get("spill", 0) > 0 for row in rows)
     print(
         f"{len(rows)} rows, of which {spilling} spill and {len({line.split(':')[0] for line in wrong})} fail; ", end=""

@@ -4,9 +4,11 @@ An execution is a list of rows, one for each kernel in the order in which they r
 that it reads or writes once (caches are perfect inside a kernel, and keep nothing from one to the next), at a batch, by
 which all is divided: so are weights. Executions:
 
-ours         eager, but the depthwise convolution is `kernels.depthwise`: its forward, and in training both gradients in
-             one pass with the sum of its partials. Bytes are those of the formulas beside its launchers; the partials'
-             number is that of a grid for an H100.
+ours         Inference: the folded network. The stem is torch's convolution, whose ReLU6 the first block applies as it
+             reads; each block is the launches of `kernels.block_inference`, one or two with B between them, and the
+             head with its mean one of `kernels.head_inference`. Training: eager, but the depthwise convolution is
+             `kernels.depthwise`: its forward, and both gradients in one pass with the sum of its partials. Bytes are
+             those of the formulas beside the launchers; tiles and the partials' number are those for an H100.
 eager        a kernel for each op under AMP in channels_last. In training BatchNorm reads its tensors twice, for the
              statistics and to normalise (x, and in the backward x and dy), and the in-place ReLU6 first clones its
              input, which its gradient needs. Convolutions have one kernel for each gradient.
@@ -23,9 +25,10 @@ compulsory   the bound for a kernel (in training, one for each direction) a bloc
              writes Y. Training adds a backward that reads X (all that must be saved) and dY and writes dX and the
              weights' gradients. Statistics of the batch need more passes than that: nothing attains it in training.
 
-In all of them the image is read in half precision, pooling is a kernel of its own, and so is the classifier's product.
-Weights are in half precision, those of our kernels in fp32. Left out, as the same in all or negligible: AMP's casts of
-weights, a BatchNorm's few numbers a channel, dropout, the loss, the optimizer.
+In all of them the image is read in half precision, the classifier's product is a kernel of its own, and so is pooling,
+but in ours at inference: its network may move less than a compulsory one. Weights are in half precision; our kernels'
+biases and depthwise weights are in fp32. Left out, as the same in all or negligible: AMP's casts of weights, a
+BatchNorm's few numbers a channel, dropout, the loss, the optimizer.
 """
 
 from __future__ import annotations
@@ -38,9 +41,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import depthwise_passes, partials
+from kernels import depthwise_passes, head_inference, partials
+from kernels.block_inference_passes import chosen_tile, inverted_residual_bytes, inverted_residual_launches
 from mnv2.model import LayerShape
 
+from .blocks import Block, block_tensors, head_tensors
 from .count import Call
 
 MB = 1e6
@@ -131,15 +136,16 @@ def torch_convolution(unit: Unit) -> Passes:
     return Passes([unit.row("conv", unit.x + unit.w, unit.z)], grads)
 
 
+def our_row(layer: LayerShape, op: str, shape: str, call: Call) -> Row:
+    at = call.formula
+    return Row(layer.name, layer.kind, op, "triton", shape, at.read, at.written, at.loaded + at.stored)
+
+
 def our_convolution(unit: Unit) -> Passes:
     """The depthwise convolution by our kernels, any other by torch."""
     if unit.op != "depthwise":
         return torch_convolution(unit)
-    rows = []
-    for call in depthwise_calls(unit, META):
-        at = call.formula
-        name, requested = f"{unit.op} {call.name}", at.loaded + at.stored
-        rows.append(Row(unit.layer.name, unit.layer.kind, name, "triton", unit.shape, at.read, at.written, requested))
+    rows = [our_row(unit.layer, f"{unit.op} {call.name}", unit.shape, call) for call in depthwise_calls(unit, META)]
     return Passes(rows[:1], rows[1:])
 
 
@@ -161,6 +167,25 @@ def depthwise_calls(unit: Unit, device: torch.device) -> list[Call]:
         Call("both grads", backward, depthwise_passes.depthwise_bwd_bytes(dy, x, w, dx, *how)),
         Call("sum partials", partials.sum_partials_launch(*sums), partials.sum_partials_bytes(*sums)),
     ]
+
+
+def inference_calls(
+    layer: LayerShape, batch: int, device: torch.device, *, tile_batch: int | None = None
+) -> list[Call]:
+    """Launches of a block or the head at inference on ``device``, with the tile for ``tile_batch`` pictures."""
+    like = torch.empty(0, dtype=torch.float16, device=device)
+    if layer.kind == "head":
+        tensors = head_tensors(layer.c_in, layer.c_out, layer.height, batch, like)
+        launch = head_inference.conv_relu6_mean_launch(*tensors)
+        return [Call("head", launch, head_inference.conv_relu6_mean_bytes(*tensors))]
+    block = Block(layer.c_in, layer.c_mid, layer.c_out, layer.height, layer.stride)
+    x, packed, y = block_tensors(block, batch, like)
+    planned, _, _ = block_tensors(block, tile_batch or batch, like.to(META))
+    tile = chosen_tile(planned, packed, block.stride)
+    how = (block.stride, block.residual, "symmetric")
+    launches = inverted_residual_launches(x, packed, y, *how, relu6_input=not block.expands, tile=tile)
+    formulas = inverted_residual_bytes(x, packed, y, *how, tile=tile)
+    return [Call(*call) for call in zip(("block", "block project"), launches, formulas, strict=False)]
 
 
 def joined(parts: Iterable[Passes]) -> Passes:
@@ -203,8 +228,15 @@ def eager(
 
 
 def ours(layer: LayerShape, batch: int, training: bool) -> Passes:
-    """This version: every layer as eager, with our depthwise convolution."""
-    return eager(layer, batch, training, convolution=our_convolution)
+    """This version: the folded network at inference; in training every layer as eager, with our depthwise kernels."""
+    if training:
+        return eager(layer, batch, training, convolution=our_convolution)
+    there = units(layer, batch)
+    if layer.kind == "stem":
+        return Passes(torch_convolution(there[0]).forward, [])
+    first, last = there[0], there[-1]
+    shape = f"{layer.c_in}x{first.side}x{first.side} -> {layer.c_out}x{last.side_out}x{last.side_out}"
+    return Passes([our_row(layer, call.name, shape, call) for call in inference_calls(layer, batch, META)], [])
 
 
 def compiled(layer: LayerShape, batch: int, training: bool) -> Passes:
@@ -270,7 +302,9 @@ def rows_of(execution: Execution, layers: Sequence[LayerShape], batch: int, trai
     """All rows of the network in the order in which they run."""
     *convolutional, classifier = layers
     parts = [execution(layer, batch, training) for layer in convolutional]
-    forward, backward = joined([*parts, pool(convolutional[-1], batch), linear(classifier, batch)])
+    if training or execution is not ours:  # there the head's kernel makes the mean
+        parts.append(pool(convolutional[-1], batch))
+    forward, backward = joined([*parts, linear(classifier, batch)])
     return forward + backward if training else forward
 
 

@@ -1,7 +1,8 @@
 """What a compiled kernel is made of: registers, spills, shared memory and instructions, read from its cubin.
 
 Triton's own ``nvdisasm`` and ``cuobjdump`` do the reading, so no GPU is needed. The limits of each capability turn
-registers and shared memory into an occupancy, and one representative device a capability turns counts into bounds.
+registers and shared memory into an occupancy, and one representative device a capability (``kernels/roofline.py``)
+turns counts into bounds.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from kernels.roofline import Bounds
 
 Facts = dict[str, Any]  # of a compiled kernel: see ``examine``
-READING = 1  # raised where ``examine`` reads a kernel differently, so that recorded facts are read afresh
+READING = 2  # raised where ``examine`` reads a kernel differently, so that recorded facts are read afresh
 
 THREADS = 1024  # a block, on every capability
 GRID = (2**31 - 1, 65535, 65535)
@@ -26,16 +30,12 @@ RESERVED_SHARED = 1024  # bytes that the driver adds to each block
 MIN_LOOP = 9  # instructions; what is shorter spins on a barrier or traps
 
 
-class Device(NamedTuple):
-    """Limits of a capability (CUDA C++ programming guide, "Compute capabilities") and one device that has it."""
+class Capability(NamedTuple):
+    """Limits of a multiprocessor (CUDA C++ programming guide, "Compute capabilities")."""
 
-    name: str
-    processors: int
-    clock: float  # Hz
-    bandwidth: float  # bytes a second
-    shared: int  # bytes a multiprocessor
-    threads: int  # a multiprocessor
-    blocks: int  # a multiprocessor
+    shared: int  # bytes
+    threads: int
+    blocks: int
 
     @property
     def shared_block(self) -> int:
@@ -43,22 +43,21 @@ class Device(NamedTuple):
         return self.shared - RESERVED_SHARED
 
 
-# Processors, clock and bandwidth: NVIDIA's data sheets and architecture white papers. The clock is the boost clock; for
-# the B200 it follows from the data sheet's 75 TFLOPS in fp32; for the H100 it is assumed, under its boost of 1.98 GHz.
-DEVICES = {
-    80: Device("A100 SXM 80GB", 108, 1.410e9, 2.039e12, 164 * 1024, 2048, 32),
-    86: Device("RTX A6000", 84, 1.800e9, 0.768e12, 100 * 1024, 1536, 16),
-    90: Device("H100 SXM", 132, 1.755e9, 3.350e12, 228 * 1024, 2048, 32),
-    100: Device("B200", 148, 1.980e9, 8.000e12, 228 * 1024, 2048, 32),
-    120: Device("RTX 5090", 170, 2.407e9, 1.792e12, 100 * 1024, 1536, 24),
+CAPABILITIES = {
+    80: Capability(164 * 1024, 2048, 32),
+    86: Capability(100 * 1024, 1536, 16),
+    90: Capability(228 * 1024, 2048, 32),
+    100: Capability(228 * 1024, 2048, 32),
+    120: Capability(100 * 1024, 1536, 24),
 }
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.x]*)\s*([^;]*);")
 _LABEL = re.compile(r"\s*(\.L_\w+):")
 _TARGET = re.compile(r"\.L_\w+")
 _TENSOR_CORE = re.compile(r"HGMMA|IGMMA|QGMMA|UTC\w*MMA|[HIQOD]MMA")
-_MEMORY_SASS = re.compile(r"(LDG|STG)(\.|$)")
-_MEMORY_PTX = re.compile(r"\b(ld|st)\.(\w+\.)*?global\b")
+_SHAPE = re.compile(r"HMMA\.(168\d+)|HGMMA\.64x(\d+)x(\d+)")
+_MEMORY_SASS = re.compile(r"(LDG|STG|LDGSTS)(\.|$)")
+_MEMORY_PTX = re.compile(r"\b(ld|st)\.(\w+\.)*?global\b|\bcp\.async\.c[ag]\.")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:\d+ SHARED:(\d+)")
 
 
@@ -188,30 +187,66 @@ def tensor_core(instructions: Sequence[Instruction]) -> str:
     return "+".join(sorted(names))
 
 
+def multiply_adds(opcode: str) -> int:
+    """Multiply-adds of a warp in one instruction of the tensor cores; a warp group of four shares an HGMMA.
+
+    Those of sm_100's UTC.MMA are not in its name, and count as none.
+    """
+    found = _SHAPE.match(opcode)
+    if not found:
+        return 0
+    if found[1]:
+        return 16 * 8 * int(found[1][3:])
+    return 16 * int(found[2]) * int(found[3])
+
+
+def wavefronts(opcode: str) -> int:
+    """Passes of a warp through L1 and shared memory in one instruction: 128 bytes each, as if no bank had a conflict.
+
+    It is taken that each lane has an address of its own: where lanes read the same, fewer passes do.
+    """
+    name, *kind = opcode.split(".")
+    if name in ("LDSM", "STSM"):
+        return next((int(part) for part in kind if part in ("2", "4")), 1)
+    if name not in ("LDS", "STS", "LDG", "STG", "LDGSTS", "LDL", "STL"):
+        return 0
+    return next((int(part) // 32 for part in kind if part in ("64", "128")), 1)
+
+
+def main_loop(instructions: Sequence[Instruction], loops: Sequence[frozenset[int]]) -> list[Instruction]:
+    """Instructions of the largest loop; where loops hold tensor-core instructions, of the smallest with all of them."""
+
+    def rank(loop: frozenset[int]) -> tuple[int, int]:
+        products = sum(bool(_TENSOR_CORE.match(instructions[i].opcode)) for i in loop)
+        return products, -len(loop) if products else len(loop)
+
+    return [instructions[i] for i in sorted(max(loops, key=rank, default=frozenset()))]
+
+
 def _registers_of_warp(registers: int) -> int:
     return -(-registers * 32 // 256) * 256  # allocated 256 at a time
 
 
 def occupancy(cap: int, registers: int, shared: int, warps: int) -> float:
     """Share of the warps that a multiprocessor can hold."""
-    device = DEVICES[cap]
+    limits = CAPABILITIES[cap]
     a_block = -(-(shared + RESERVED_SHARED) // 128) * 128
     by_registers = REGISTERS // SCHEDULERS // _registers_of_warp(max(registers, 1)) * SCHEDULERS // warps
-    blocks = min(by_registers, device.shared // a_block, device.threads // (32 * warps), device.blocks)
-    return blocks * warps * 32 / device.threads
+    blocks = min(by_registers, limits.shared // a_block, limits.threads // (32 * warps), limits.blocks)
+    return blocks * warps * 32 / limits.threads
 
 
 def problems(cap: int, facts: Facts, declared_spill: int, grid: Sequence[int]) -> list[str]:
     """Why the launch would not run on a device of this capability, or not as its tile declares."""
     if "error" in facts:
         return [f"does not compile: {facts['error']}"]
-    threads, device, found = facts["warps"] * 32, DEVICES[cap], []
+    threads, shared, found = facts["warps"] * 32, CAPABILITIES[cap].shared_block, []
     if any(programs > limit for programs, limit in zip(grid, GRID, strict=False)):
         found.append(f"a grid of {' x '.join(map(str, grid))} programs, at most {' x '.join(map(str, GRID))}")
     if facts["spill"] > declared_spill:
         found.append(f"spills {facts['spill']} bytes a thread, its tile declares {declared_spill}")
-    if facts["shared"] > device.shared_block:
-        found.append(f"shared memory of {facts['shared']} bytes, a block may have {device.shared_block}")
+    if facts["shared"] > shared:
+        found.append(f"shared memory of {facts['shared']} bytes, a block may have {shared}")
     if threads > THREADS:
         found.append(f"{threads} threads, a block may have {THREADS}")
     busiest = -(-facts["warps"] // SCHEDULERS)  # warps that share a scheduler's registers
@@ -222,26 +257,24 @@ def problems(cap: int, facts: Facts, declared_spill: int, grid: Sequence[int]) -
     return found
 
 
-def remarks(facts: Facts) -> list[str]:
-    """What may make the bound by instructions wrong."""
+def remarks(facts: Facts, *, known: bool = False) -> list[str]:
+    """What may make a bound wrong; ``known`` says that the products of a program are, from which its trips follow."""
     notes = []
-    if facts.get("copied"):
+    unrolled = facts.get("copied") and facts.get("loops")  # a loop that is unrolled whole is counted as it is
+    if unrolled and not (known and facts["loop_macs"]):
         notes.append("the assembler has copied loads or stores, so its loop may stand for several trips")
-    if facts.get("loops", 1) != 1:
-        notes.append(f"{facts['loops']} loops, of which the largest alone is multiplied by its trips")
+    if facts.get("loops", 0) > 1:
+        notes.append(f"{facts['loops']} loops, of which one alone is multiplied by its trips")
+    if "UTC" in facts.get("tensor_core", ""):
+        notes.append(f"multiply-adds of {facts['tensor_core']} can't be read: none are counted, and the loop once")
     return notes
 
 
-def bounds(cap: int, facts: Facts, programs: int, trips: int, touched: int) -> tuple[int, float, float]:
-    """Instructions of all warps in the loop, and seconds that the bytes and that all instructions take at least.
+def bounds(cap: int, facts: Facts, programs: int, trips: int, touched: int) -> Bounds:
+    """Seconds that the capability's representative device takes at least, with the loop counted ``trips`` times."""
+    from kernels import roofline
 
-    The loop counts ``trips`` times and every other instruction once; a kernel without a loop counts whole as one.
-    """
-    device, warps = DEVICES[cap], programs * facts["warps"]
-    inner = facts["loop"] * trips or facts["instructions"]
-    issued = facts["instructions"] + facts["loop"] * (trips - 1)
-    issue = warps * issued / (device.processors * SCHEDULERS * device.clock)
-    return warps * inner, touched / device.bandwidth, issue
+    return roofline.bounds(roofline.DEVICES[cap], facts, programs, trips, touched)
 
 
 def _tool(name: str, option: str, file: str) -> str:
@@ -254,7 +287,8 @@ def _tool(name: str, option: str, file: str) -> str:
 def examine(compiled: Any, cap: int) -> Facts:
     """Facts of a kernel that ``triton.compile`` returned.
 
-    ``instructions`` are all that can run and ``loop`` those of the largest loop, ``loops`` how many loops there are.
+    ``instructions`` are all that can run and ``loop`` those of the ``main_loop``, ``loops`` how many loops there are;
+    ``macs`` and ``wavefronts`` are a warp's in all of them and ``loop_macs`` and ``loop_wavefronts`` in the loop's.
     ``copied`` are the global loads and stores that the assembler has added to those of the PTX: it copies them when it
     unrolls a loop, whose ``loop`` then stands for several trips.
     """
@@ -266,6 +300,8 @@ def examine(compiled: Any, cap: int) -> Facts:
     reachable, loops = flow(everything)
     instructions = [everything[i] for i in sorted(reachable)]
     registers, static = map(int, _RESOURCES.search(resources).groups())
+    body = [instruction.opcode for instruction in main_loop(everything, loops)]
+    opcodes = [instruction.opcode for instruction in instructions]
     moves = sum(bool(_MEMORY_SASS.match(i.opcode)) for i in instructions)
     return {
         "warps": compiled.metadata.num_warps,
@@ -274,8 +310,12 @@ def examine(compiled: Any, cap: int) -> Facts:
         "shared": max(compiled.metadata.shared, 0) + (static if cap < 90 else 0),  # later ones list the reserved bytes
         "tensor_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
         "tensor_core": tensor_core(instructions),
-        "instructions": len(instructions),
-        "loop": max(map(len, loops), default=0),
+        "instructions": len(opcodes),
+        "wavefronts": sum(map(wavefronts, opcodes)),
+        "macs": sum(map(multiply_adds, opcodes)),
+        "loop": len(body),
+        "loop_wavefronts": sum(map(wavefronts, body)),
+        "loop_macs": sum(map(multiply_adds, body)),
         "loops": len(loops),
         "copied": max(0, moves - len(_MEMORY_PTX.findall(compiled.asm["ptx"]))),
     }

@@ -1,10 +1,12 @@
 """Device-memory traffic of MobileNetV2 in MB (10^6 bytes) an image, in half precision: ours, and others beside it.
 
-    python -m bench.traffic --mode inference|training --alpha A --resize R [--batch 256] [--count] [--json FILE]
+    python -m bench.traffic --mode inference|training --alpha A --resize R [--batch 256] [--variants] [--count]
+                            [--json FILE]
 
 Beside ours stand the other executions of ``bench/executions.py``, which says what each of them is charged for.
 
-``--count`` checks the formulas: it runs our kernels in Triton's interpreter and counts what they touch.
+``--variants`` adds the totals of all published variants, and ``--count`` checks the formulas: it runs our kernels in
+Triton's interpreter and counts what they touch.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ import torch
 from kernels import common
 from mnv2.config import InputError, RunError, exit_status, option, parse
 from mnv2.logs import versions
-from mnv2.model import check_alpha, layer_shapes
+from mnv2.model import VARIANTS, LayerShape, check_alpha, layer_shapes
 
 from .count import Call, differing
-from .executions import MB, depthwise_calls, executions, ours, rows_of, totals, units
+from .executions import MB, depthwise_calls, executions, inference_calls, ours, rows_of, totals, units
 
 COUNTED_SIDE = 96  # of the picture at most: the interpreter takes a minute or two, and sides are even and odd
 
@@ -39,6 +41,7 @@ class TrafficConfig:
     alpha: float = option(1.0, "width multiplier")
     resize: int = option(224, "side of the network's input in pixels")
     batch: int = option(256, "pictures in a batch")
+    variants: bool = option(False, "the totals of all published variants too")
     count: bool = option(False, "run our kernels in Triton's interpreter and hold the formulas to what they touch")
     json: str | None = option(None, "write the figures there", metavar="FILE")
 
@@ -61,7 +64,7 @@ def report(config: TrafficConfig) -> dict[str, Any]:
     layers = layer_shapes(config.alpha, config.resize)
     rows = rows_of(ours, layers, config.batch, config.training)
     total = totals(rows, config.batch)
-    return {
+    figures = {
         "mode": config.mode,
         "alpha": config.alpha,
         "resize": config.resize,
@@ -70,11 +73,26 @@ def report(config: TrafficConfig) -> dict[str, Any]:
         "blocks_mb_per_image": total["blocks"],
         "network_mb_per_image": total["network"],
         "rows": [{**asdict(row), "mb_per_image": (row.read + row.written) / config.batch / MB} for row in rows],
-        "beside": {
-            name: totals(rows_of(execution, layers, config.batch, config.training), config.batch)
-            for name, execution in executions(config.training).items()
-        },
+        "beside": beside(config, layers),
     }
+    if config.variants:
+        figures["variants"] = [variant(config, alpha, resize) for alpha, sides in VARIANTS.items() for resize in sides]
+    return figures
+
+
+def beside(config: TrafficConfig, layers: Sequence[LayerShape]) -> dict[str, dict[str, float]]:
+    """Totals of the other executions."""
+    return {
+        name: totals(rows_of(execution, layers, config.batch, config.training), config.batch)
+        for name, execution in executions(config.training).items()
+    }
+
+
+def variant(config: TrafficConfig, alpha: float, resize: int) -> dict[str, Any]:
+    """Totals of all executions of a variant, at the batch and in the mode of ``config``."""
+    layers = layer_shapes(alpha, resize)
+    mine = totals(rows_of(ours, layers, config.batch, config.training), config.batch)
+    return {"alpha": alpha, "resize": resize, "ours": mine, **beside(config, layers)}
 
 
 def table(figures: dict[str, Any]) -> Iterator[str]:
@@ -91,17 +109,38 @@ def table(figures: dict[str, Any]) -> Iterator[str]:
     mine = {"blocks": figures["blocks_mb_per_image"], "network": figures["network_mb_per_image"]}
     for name, total in {"ours": mine, **figures["beside"]}.items():
         yield f"{name:12} {total['blocks']:8.2f} {total['network']:8.2f}"
+    yield from variants_table(figures.get("variants", []))
+
+
+def variants_table(variants: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line a variant: what its blocks and the network move in each execution."""
+    if not variants:
+        return
+    names = [name for name in variants[0] if name not in ("alpha", "resize")]
+    yield "\nall variants: blocks, then the network"
+    yield f"{'alpha':>5} {'px':>4}" + "".join(f" {name:>12}" for name in names * 2)
+    for one in variants:
+        cells = [one[name][scope] for scope in ("blocks", "network") for name in names]
+        yield f"{one['alpha']:5} {one['resize']:4}" + "".join(f" {cell:12.2f}" for cell in cells)
 
 
 def our_calls(config: TrafficConfig, side: int) -> Iterator[Call]:
-    """Launches of ours for one picture of ``side``, those of a shape once."""
-    seen = set()
+    """Launches of ours for one picture of ``side``, those of a shape once; at inference with the batch's tiles."""
+    seen, cpu = set(), torch.device("cpu")
     for layer in layer_shapes(config.alpha, side):
-        for unit in units(layer, 1) if layer.kind == "block" else ():
-            if unit.op == "depthwise" and (unit.shape, unit.stride) not in seen:
-                seen.add((unit.shape, unit.stride))
-                for call in depthwise_calls(unit, torch.device("cpu"))[: None if config.training else 1]:
-                    yield call._replace(name=f"{layer.name} {unit.op} {call.name} {unit.shape}")
+        if config.training:
+            there = [unit for unit in units(layer, 1) if unit.op == "depthwise"]
+            calls = [
+                (f"{unit.op} {call.name} {unit.shape}", call) for unit in there for call in depthwise_calls(unit, cpu)
+            ]
+        elif layer.kind in ("block", "head"):
+            shape = f"{layer.c_in}-{layer.c_mid}-{layer.c_out}x{layer.height}x{layer.width}/{layer.stride}"
+            there = inference_calls(layer, 1, cpu, tile_batch=config.batch)
+            calls = [(f"{call.name} {shape}", call) for call in there]
+        else:
+            continue
+        yield from (call._replace(name=f"{layer.name} {what}") for what, call in calls if what not in seen)
+        seen |= {what for what, _ in calls}
 
 
 def check(config: TrafficConfig) -> None:

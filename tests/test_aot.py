@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,9 +15,10 @@ import triton.language as tl
 from processes import ROOT, environment
 from triton.runtime.jit import JITFunction
 
-from bench import aot, cases, sass
-from kernels import tiles
+from bench import aot, cases, sass, tile_record
+from kernels import common, roofline, tiles
 from kernels.common import Launch
+from mnv2.model import VARIANTS, layer_shapes
 
 FACTS = {
     "warps": 2,
@@ -26,7 +28,11 @@ FACTS = {
     "tensor_columns": 0,
     "tensor_core": "",
     "instructions": 150,
+    "wavefronts": 30,
+    "macs": 4096,
     "loop": 100,
+    "loop_wavefronts": 20,
+    "loop_macs": 2048,
     "loops": 1,
     "copied": 0,
 }
@@ -122,6 +128,62 @@ def test_tensor_cores_are_recognised(opcode, name):
 
 
 @pytest.mark.parametrize(
+    ("opcode", "macs"),
+    [
+        ("HMMA.16816.F32", 16 * 8 * 16),
+        ("HMMA.16816.F32.BF16", 16 * 8 * 16),
+        ("HMMA.1688.F32.TF32", 16 * 8 * 8),
+        ("HGMMA.64x128x16.F32", 64 * 128 * 16 // 4),  # four warps
+        ("UTCHMMA", 0),
+        ("FFMA", 0),
+    ],
+)
+def test_multiply_adds_of_a_warp(opcode, macs):
+    assert sass.multiply_adds(opcode) == macs
+
+
+@pytest.mark.parametrize(
+    ("opcode", "passes"),
+    [
+        ("LDS", 1),
+        ("LDS.U16", 1),
+        ("STS.64", 2),
+        ("LDS.128", 4),
+        ("LDSM.16.M88", 1),
+        ("LDSM.16.MT88.4", 4),
+        ("STSM.16.M88.2", 2),
+        ("LDG.E.64.CONSTANT", 2),
+        ("LDGSTS.E.BYPASS.LTC128B.128", 4),
+        ("STG.E.U16", 1),
+        ("LDL.LU.128", 4),
+        ("LDC.64", 0),  # constants are elsewhere
+        ("HMMA.16816.F32", 0),
+    ],
+)
+def test_passes_of_a_warp_through_shared_memory(opcode, passes):
+    assert sass.wavefronts(opcode) == passes
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "main"),
+    [("FMUL R0, R0, R1", "FADD R0, R0, R1", 23), ("HMMA.16816.F32 R4, R8, R12, R4", "FADD R0, R0, R1", 10)],
+    ids=["the-largest", "the-smallest-with-all-products"],
+)
+def test_which_loop_is_multiplied(inner, outer, main):
+    text = listing(
+        ".L_x_0:",
+        *[outer] * 12,
+        ".L_x_1:",
+        *[inner] * 9,
+        "@P0  BRA `(.L_x_1)",
+        "@P1  BRA `(.L_x_0)",
+        "EXIT",
+    )
+    instructions = sass.parse(text)
+    assert len(sass.main_loop(instructions, sass.flow(instructions).loops)) == main
+
+
+@pytest.mark.parametrize(
     ("cap", "registers", "shared", "warps", "share"),
     [
         (90, 32, 0, 4, 1.0),
@@ -140,13 +202,50 @@ def test_occupancy(cap, registers, shared, warps, share):
 
 
 def test_bounds_count_the_loop_for_each_trip():
-    h100 = sass.DEVICES[90]
-    inner, hbm, issue = sass.bounds(90, FACTS, programs=10, trips=7, touched=3_350)
-    assert inner == 10 * 2 * 100 * 7
-    assert hbm == pytest.approx(1e-9)
-    assert issue == pytest.approx(10 * 2 * (50 + 100 * 7) / (132 * 4 * h100.clock))
-    straight, _, issue = sass.bounds(90, {**FACTS, "loop": 0}, programs=10, trips=1, touched=0)
-    assert straight == pytest.approx(issue * 132 * 4 * h100.clock) == 10 * 2 * 150
+    clocks = 132 * roofline.DEVICES[90].clock
+    found = sass.bounds(90, FACTS, programs=10, trips=7, touched=3_350)
+    assert found.hbm == pytest.approx(1e-9)
+    assert found.issue == pytest.approx(10 * 2 * (50 + 100 * 7) / (4 * clocks))
+    assert found.tensor == pytest.approx(10 * 2 * (2048 + 2048 * 7) / (1024 * clocks))
+    assert found.shared == pytest.approx(10 * 2 * (10 + 20 * 7) / clocks)
+    straight = sass.bounds(90, {**FACTS, "loop": 0}, programs=10, trips=1, touched=0)
+    assert straight.issue == pytest.approx(10 * 2 * 150 / (4 * clocks))
+    group = sass.bounds(90, {**FACTS, "tensor_core": "HGMMA"}, programs=10, trips=7, touched=0)
+    assert group.tensor == pytest.approx(found.tensor / 2)
+
+
+@pytest.mark.parametrize(
+    ("facts", "macs", "trips"),
+    [
+        ({}, 0, 7),  # as the launcher says
+        ({}, 2 * (2048 + 2048 * 3), 3),  # two warps, 2048 outside the loop: the assembler has put several into one
+        ({"loop": 0, "loop_macs": 0}, 2 * 4096, 1),  # all of them
+        ({"macs": 0, "loop_macs": 0, "tensor_core": "UTCHMMA"}, 2 * 4096, 1),
+    ],
+    ids=["unknown", "some", "unrolled", "unreadable"],
+)
+def test_trips_follow_from_the_products_of_a_program(facts, macs, trips):
+    launch = Launch(None, (10,), {}, num_warps=2)
+    assert cases.Work(launch, 1000, 7, 1000, macs=macs).compiled_trips({**FACTS, **facts}) == trips
+
+
+@pytest.mark.parametrize(
+    ("facts", "touched", "name"),
+    [
+        ({}, 10**6, "HBM"),
+        ({}, 0, "issue"),
+        ({"macs": 10**6}, 0, "tensor"),
+        ({"wavefronts": 10**3}, 0, "shared"),
+    ],
+)
+def test_the_longest_bound_binds(facts, touched, name):
+    assert sass.bounds(90, {**FACTS, **facts}, programs=10, trips=1, touched=touched).binds == name
+
+
+def test_the_limits_and_the_devices_are_of_the_same_capabilities():
+    assert sass.CAPABILITIES.keys() == roofline.DEVICES.keys()
+    h100 = common.limits(torch.device("cpu"))
+    assert h100 == (roofline.DEVICES[90].processors, sass.CAPABILITIES[90].shared_block)
 
 
 @pytest.mark.parametrize(
@@ -199,10 +298,10 @@ def test_a_grid_that_is_too_large():
 
 
 def test_the_sample_and_the_whole():
-    sample, every = cases.sample(sass.DEVICES), cases.every(sass.DEVICES)
+    sample, every = cases.sample(sass.CAPABILITIES), cases.every(sass.CAPABILITIES)
     assert set(sample) < set(every)
-    kernels = {(cap, kernel, stride) for cap in sass.DEVICES for kernel in cases.WORK for stride in (1, 2)}
-    assert {(case.cap, case.kernel, case.stride) for case in sample} == kernels
+    kernels = {(cap, kernel, stride) for cap in sass.CAPABILITIES for kernel in cases.DEPTHWISE for stride in (1, 2)}
+    assert {(case.cap, case.kernel, case.stride) for case in sample if case.kernel in cases.DEPTHWISE} == kernels
     whole = {(case.C, case.side, case.stride) for case in sample if case.cap == 90 and case.kernel == "depthwise_bwd"}
     assert {(32, 112, 1), (96, 112, 2), (960, 7, 1), cases.ODD} < whole
     assert len(whole) == 10 + 12 + 1
@@ -210,7 +309,43 @@ def test_the_sample_and_the_whole():
     assert len({case.name for case in every}) == len(every)
 
 
-@pytest.mark.parametrize("cap", sass.DEVICES)
+def test_the_sample_has_the_network_of_blocks_and_each_kind_of_kernel_on_each_capability():
+    sample = cases.sample(sass.CAPABILITIES)
+    blocks = cases.blocks_of_network(90)
+    assert len([case for case in blocks if case.kernel == "block"]) == 17
+    assert set(blocks) < set(sample)
+    kernels = {(cap, kernel) for cap in sass.CAPABILITIES for kernel in cases.WORK}
+    assert {(case.cap, case.kernel) for case in sample} == kernels
+    with_blocks = [case for case in sample if case.kernel == "block" and case.cap == 90]
+    assert {case.dtype for case in with_blocks} == set(cases.DTYPES)
+    assert {case.padding for case in with_blocks} == {"symmetric", "same"}
+
+
+def test_every_block_of_all_widths_is_compiled_in_all_tiles():
+    every = [case for case in cases.every([90]) if case.kernel == "block" and case.dtype == "fp16"]
+    shapes = {
+        (layer.c_in, layer.c_mid, layer.c_out, layer.height, layer.stride)
+        for alpha in VARIANTS
+        for layer in layer_shapes(alpha, 224)
+        if layer.kind == "block"
+    }
+    assert shapes < {(case.c_in, case.C, case.c_out, case.side, case.stride) for case in every}
+    one = cases.Case(90, "block", 144, 56, 1, c_in=24, c_out=24)
+    narrow = [case for case in every if dataclasses.replace(case, row=0) == one]
+    assert [cases.WORK["block"](case).tile[:2] for case in narrow] == [(2, 4), (2, 2)]
+
+
+def test_a_block_is_launched_with_the_tile_of_the_capability():
+    big = cases.Case(90, "block", 576, 14, 2, c_in=96, c_out=160)  # takes 208 KiB on sm_90
+    tiles_taken = {cap: cases.WORK["block"](dataclasses.replace(big, cap=cap)).tile for cap in sass.CAPABILITIES}
+    assert tiles_taken[90] == tiles_taken[100] != tiles_taken[86] == tiles_taken[120]
+    work = cases.WORK["block_project"](cases.Case(90, "block_project", 960, 7, 1, c_in=160, c_out=320))
+    assert work.tile.split
+    assert work.trips == 30
+    assert work.touched == 256 * 49 * (960 + 320) * 2 + 320 * (960 * 2 + 4)
+
+
+@pytest.mark.parametrize("cap", sass.CAPABILITIES)
 def test_the_sample_has_every_tile_at_both_strides_on_each_capability(cap):
     kernel = "depthwise_bwd"  # which has most in registers
     wanted = [case for case in cases.sample([cap]) if case.kernel == kernel and case.dtype == "bf16"]
@@ -220,13 +355,14 @@ def test_the_sample_has_every_tile_at_both_strides_on_each_capability(cap):
 
 
 @pytest.fixture
-def rows(monkeypatch):
+def rows(monkeypatch, tmp_path):
     """Three rows, two of which share a kernel, in place of the plan; facts in place of the compiler's."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     launch = Launch(SimpleNamespace(params=[]), (10,), {}, num_warps=2, spill_bytes=8)
     three = [cases.Case(90, "depthwise_fwd", 32, side, 1) for side in (112, 56, 28)]
     rows = [aot.Row(case, cases.Work(launch, 1000, 7, 1000), key) for case, key in zip(three, "abb", strict=True)]
     state = SimpleNamespace(rows=rows, facts={"a": FACTS, "b": FACTS}, stop_after=None, asked=[])
+    monkeypatch.setattr(tiles, "RECORD", tmp_path / "kernels" / "tiles.json")
     monkeypatch.setattr(aot, "plan", lambda wanted: state.rows)
 
     def compile_all(jobs):
@@ -284,6 +420,76 @@ def test_what_does_not_compile_fails_alone_and_is_tried_again(rows, tmp_path, ca
     assert json.loads(file.read_text())["compiled"].keys() == {"b"}
 
 
+@pytest.fixture
+def blocks(rows, monkeypatch):
+    """The blocks of alpha 1.0 on sm_90 in place of the rows, and one in bf16; each launch has a kernel of its own."""
+    tiles.RECORD.parent.mkdir()
+    tiles.record.cache_clear()
+    wanted = [*cases.blocks_of_network(90), cases.Case(90, "block", 144, 56, 1, "bf16", c_in=24, c_out=24)]
+    rows.rows = [aot.Row(case, cases.WORK[case.kernel](case), case.name) for case in dict.fromkeys(wanted)]
+    rows.facts = {row.key: FACTS for row in rows.rows}
+    yield rows
+    tiles.record.cache_clear()
+
+
+def test_what_blocks_are_made_of_is_recorded_for_their_bounds(blocks, tmp_path, capsys):
+    assert aot.main(["--all", "--json", str(tmp_path / "aot.json")]) == 0
+    text = tiles.RECORD.read_text()
+    record = json.loads(text)
+    assert record.keys() == {"command", "versions", "rows"}
+    assert text.count("\n") == len(record["rows"]) + 2
+    assert len(record["rows"]) == 14  # 12 blocks, of which 2 are split; fp16 alone
+    case = cases.Case(90, "block_project", 960, 7, 1, c_in=160, c_out=320)
+    key = tiles.record_key("block_project", 160, 960, 320, 1, cases.WORK["block_project"](case).tile)
+    assert FACTS.items() >= {name: tiles.record()[key][name] for name in tile_record.KEPT}.items()
+    assert tiles.record()[key]["trips"] == 1 + (64 * 64 * 960 // FACTS["warps"] - FACTS["macs"]) // FACTS["loop_macs"]
+    assert sorted(os.listdir(tiles.RECORD.parent)) == ["tiles.json"]
+
+
+def test_a_block_that_is_not_as_recorded_fails_and_names_its_row(blocks, tmp_path, capsys):
+    assert aot.main([]) == 0  # nothing is recorded
+    assert aot.main(["--all", "--json", str(tmp_path / "aot.json")]) == 0
+    assert aot.main([]) == 0
+    name = "block 24-144-24x56x56/1 fp16 sm_90"
+    blocks.facts[name] = {**FACTS, "registers": 130, "instructions": 151}
+    capsys.readouterr()
+    assert aot.main([]) == 1
+    assert capsys.readouterr().err == (
+        f"{name}: registers 130, not 128; instructions 151, not 150 as in tiles.json: "
+        "`python -m bench.aot --all` anew\n"
+    )
+
+
+def test_a_record_of_tiles_is_written_whole_or_not(blocks, tmp_path, capsys):
+    blocks.facts[blocks.rows[0].key] = {"error": "CompilationError"}
+    assert aot.main(["--all", "--json", str(tmp_path / "aot.json")]) == 1
+    assert not tiles.RECORD.exists()
+
+
+def test_blocks_of_the_network_are_summed_where_all_are_there(blocks, tmp_path, capsys):
+    file = tmp_path / "aot.json"
+    assert aot.main(["--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    (found,) = json.loads(file.read_text())["blocks_bound_us"].items()
+    assert found[0] == "90"
+    largest = {
+        row["shape"] + row["kernel"]: max(row[f"{kind}_us"] for kind in ("hbm", "issue", "tensor", "shared"))
+        for row in json.loads(file.read_text())["rows"]
+    }
+    counted = sum(largest[case.shape + case.kernel] for case in cases.blocks_of_network(90))
+    assert found[1]["ours"] == pytest.approx(counted, abs=0.01)
+    assert found[1]["separate"] == pytest.approx(26.07e6 / 3.35e12 * 1e6, rel=0.001)
+    assert f"17 blocks of alpha 1.0 at 224 take at least {found[1]['ours']:.2f} us" in out
+    assert aot.main(["--only", "960"]) == 0
+    assert "17 blocks" not in capsys.readouterr().out
+
+
+def test_long_compilations_come_first(blocks):
+    assert aot.main([]) == 0
+    assert blocks.asked[0] == "block 160-960-160x7x7/1 fp16 sm_90"
+    assert blocks.asked[-1].startswith("block_project ")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}'])
 def test_another_file_is_no_record(rows, tmp_path, capsys, text):
     file = tmp_path / "aot.json"
@@ -333,7 +539,8 @@ def test_two_kernels_are_compiled_and_recorded(tmp_path):
     assert aot.NOTE in done.stdout
     assert "2 rows, of which 0 spill and 0 fail; 2 kernels compiled, 0 reused;" in done.stdout
     record = json.loads(file.read_text())
-    assert record.keys() == {"command", "note", "versions", "compiled", "rows"}
+    assert record.keys() == {"command", "note", "versions", "blocks_bound_us", "compiled", "rows"}
+    assert record["blocks_bound_us"] == {}  # not all blocks are there
     assert record["versions"].keys() == {"torch", "triton"}
     assert [row["cap"] for row in record["rows"]] == [80, 90]
     for row in record["rows"]:

@@ -11,9 +11,9 @@ import triton.language as tl
 
 from bench import executions, traffic
 from bench.count import Counter, count
-from kernels import common, depthwise_passes, partials, tiles
+from kernels import block_inference_passes, common, depthwise_passes, partials, tiles
 from kernels.common import Launch, Traffic
-from mnv2.model import layer_shapes
+from mnv2.model import VARIANTS, layer_shapes
 
 interpreted = pytest.mark.skipif(not common.INTERPRETED, reason="bytes are counted in Triton's interpreter")
 CPU = torch.device("cpu")
@@ -132,6 +132,8 @@ def network(name: str, training: bool) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("mode", "name", "scope", "published"),
     [
+        ("inference", "ours", "blocks", 3.67),
+        ("inference", "ours", "network", 4.83),
         ("inference", "compulsory", "blocks", 3.06),
         ("inference", "compulsory", "network", 4.48),
         ("inference", "epilogue", "network", 27.5),
@@ -148,16 +150,32 @@ def test_models_give_the_published_figures(mode, name, scope, published):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_executions_are_ordered_and_ours_saves_the_depthwise_gradients_second_read(training):
+def test_executions_are_ordered(training):
     figures = [network(name, training)["blocks"] for name in executions.executions(training)]
     assert figures == sorted(figures)
+
+
+def test_at_inference_ours_is_as_compulsory_but_for_b_where_blocks_are_split():
+    ours, compulsory = network("ours", False), network("compulsory", False)
+    assert ours["blocks"] <= 3.8
+    assert ours["network"] <= 5.1
+    rows = executions.rows_of(executions.ours, layer_shapes(1.0, 224), 256, False)
+    assert [row.op for row in rows] == (
+        ["stem conv", *["block"] * 14, *["block", "block project"] * 3, "head", "linear"]  # no pool, no norm
+    )
+    b = 3 * 2 * 960 * 49 * 2  # written and read
+    again = 2 * 160 * 49 * 2  # the residual of a split block, by its second kernel
+    assert (ours["blocks"] - compulsory["blocks"]) * 1e6 == pytest.approx(b + again, rel=0.01)
+
+
+def test_in_training_ours_saves_the_depthwise_gradients_second_read():
     # One pass over dY in place of two, for partial sums written and read; weights in fp32 are the rest.
     layers = layer_shapes(1.0, 224)
     dy = sum(layer.c_mid * layer.height_out**2 * 2 for layer in layers if layer.kind == "block") / 1e6
-    rows = executions.rows_of(executions.ours, layers, 256, training)
+    rows = executions.rows_of(executions.ours, layers, 256, True)
     sums = sum(row.read for row in rows if row.op == "depthwise sum partials") / 256 / 1e6
-    saved = network("eager", training)["blocks"] - network("ours", training)["blocks"]
-    assert saved == pytest.approx(dy - 2 * sums if training else 0, rel=0.001, abs=0.001)
+    saved = network("eager", True)["blocks"] - network("ours", True)["blocks"]
+    assert saved == pytest.approx(dy - 2 * sums, rel=0.001)
     assert 2 * sums < dy / 6
 
 
@@ -191,9 +209,48 @@ def test_json_has_its_keys_and_totals_are_sums_of_rows(tmp_path, capsys):
     assert f"{figures['network_mb_per_image']:.2f}" in printed
 
 
+def test_variants_are_one_table_and_in_the_json(tmp_path, capsys):
+    path = tmp_path / "traffic.json"
+    assert traffic.main(["--variants", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    variants = figures["variants"]
+    assert [(one["alpha"], one["resize"]) for one in variants] == [
+        (alpha, resize) for alpha, sides in VARIANTS.items() for resize in sides
+    ]
+    assert len(variants) == 22
+    assert all(one["ours"]["blocks"] < one["epilogue"]["blocks"] / 5 for one in variants)
+    (whole,) = (one for one in variants if (one["alpha"], one["resize"]) == (1.0, 224))
+    assert whole["ours"] == {
+        "blocks": figures["blocks_mb_per_image"],
+        "network": figures["network_mb_per_image"],
+    }
+    assert {name: whole[name] for name in figures["beside"]} == figures["beside"]
+    table = capsys.readouterr().out.partition("all variants")[2].splitlines()
+    assert len(table) == 2 + 22
+
+
+@interpreted
+def test_count_finds_a_formula_of_blocks_that_is_off(monkeypatch, capsys):
+    words = ["--alpha", "0.1", "--resize", "8", "--count"]
+    assert traffic.main(words) == 0
+    assert "features.18 head " in capsys.readouterr().out
+    right = block_inference_passes.inverted_residual_bytes
+
+    def wrong(x, packed, y, stride, *others, **more):
+        first, *rest = right(x, packed, y, stride, *others, **more)
+        return (first + Traffic(0, 0, 2 if stride == 2 else 0, 0), *rest)
+
+    monkeypatch.setattr(executions, "inverted_residual_bytes", wrong)
+    assert traffic.main(words) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "formula and count differ: features.2 block " in error
+    assert "features.1 " not in error
+
+
 @interpreted
 def test_count_finds_a_formula_that_is_off_by_one_row(monkeypatch, capsys):
-    words = ["--alpha", "0.1", "--resize", "8", "--count"]
+    words = ["--mode", "training", "--alpha", "0.1", "--resize", "8", "--count"]
     assert traffic.main(words) == 0
     right = depthwise_passes.depthwise_fwd_bytes
 
@@ -215,7 +272,8 @@ def test_count_finds_a_formula_that_is_off_by_one_row(monkeypatch, capsys):
 def test_count_does_not_write_figures_of_wrong_formulas(monkeypatch, tmp_path):
     monkeypatch.setattr(depthwise_passes, "depthwise_fwd_bytes", lambda *arguments: Traffic(0, 0, 0, 0))
     path = tmp_path / "traffic.json"
-    assert traffic.main(["--alpha", "0.1", "--resize", "2", "--count", "--json", str(path)]) == 1
+    words = ["--mode", "training", "--alpha", "0.1", "--resize", "2", "--count"]
+    assert traffic.main([*words, "--json", str(path)]) == 1
     assert not path.exists()
 
 
