@@ -35,9 +35,13 @@ def conv2d(
     kernel = weight.shape[-1]
     if padding == "symmetric" or stride == 1:
         return F.conv2d(x, weight, bias, stride, (kernel - 1) // 2, 1, groups)
+    return F.conv2d(pad_same(x, kernel, stride), weight, bias, stride, 0, 1, groups)
+
+
+def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """``x [N, C, H, W]`` with the zeros of TensorFlow's SAME around it."""
     rows, columns = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:])
-    x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-    return F.conv2d(x, weight, bias, stride, 0, 1, groups)
+    return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: str = "symmetric") -> Tensor:

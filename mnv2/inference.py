@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kernels import PackedBlock, common, conv_relu6_mean, inverted_residual_inference, reference
-from kernels.block_inference import why_torch
+from kernels.block_inference import refuse_gradient, why_torch
 from kernels.block_inference_passes import every_launch
 from kernels.common import BACKENDS, Launch, check_choice, check_padding
 from kernels.head_inference import conv_relu6_mean_launch
 from kernels.warmup import compile_ahead
 
+from . import onednn
 from .config import InputError
 from .model import LayerShape, layer_shapes
 
@@ -31,7 +32,24 @@ if TYPE_CHECKING:
 FORMAT = "mnv2 inference network, 1"
 
 
-class FoldedStem(nn.Module):
+class _Folded(nn.Module):
+    """A layer whose weights are buffers; what a path wants them to be is ``_prepared`` at its first call."""
+
+    _prepared: Any = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Folded:
+        self._prepared = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._prepared = None
+        super()._load_from_state_dict(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
+
+class FoldedStem(_Folded):
     """The first convolution with its bias. Its ReLU6 is the first block's, which applies it as it reads."""
 
     weight: Tensor
@@ -46,11 +64,20 @@ class FoldedStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[N, 3, H, W]`` to ``[N, c_out, ceil(H / 2), ceil(W / 2)]``, both channels_last, before ReLU6."""
-        return reference.conv2d(x, self.weight, self.bias, stride=self.shape.stride, padding=self.padding)
+        how: dict[str, Any] = {"stride": self.shape.stride, "padding": self.padding}
+        if not onednn.serves(x):
+            return reference.conv2d(x, self.weight, self.bias, **how)
+        if self._prepared is None:
+            self._prepared = onednn.Convolution.of(self.weight, self.bias, x, **how)
+        return self._prepared(x)
 
 
-class FoldedBlock(nn.Module):
-    """A block as ``kernels.inverted_residual_inference`` runs it."""
+class FoldedBlock(_Folded):
+    """A block as ``kernels.inverted_residual_inference`` runs it.
+
+    On a CPU the same by oneDNN, with weights that are prepared once. Where ``relu6_input`` is torch's to do, it is done
+    in place: x is the stem's.
+    """
 
     def __init__(self, packed: PackedBlock, shape: LayerShape, padding: str, backend: str, *, relu6_input: bool):
         super().__init__()
@@ -58,7 +85,6 @@ class FoldedBlock(nn.Module):
         self.padding = padding
         self.backend = backend
         self.relu6_input = relu6_input
-        self._weights: reference.FoldedWeights | None = None
         for name, tensor in packed._asdict().items():
             self.register_buffer(name, tensor)
 
@@ -89,26 +115,40 @@ class FoldedBlock(nn.Module):
                 relu6_input=self.relu6_input,
                 backend=self.backend,
             )
-        # The same as the operation's own way to torch, without preparing the weights each time: a tenth of a forward
-        # pass of one picture on a CPU.
-        if self._weights is None:
-            self._weights = reference.unpacked(packed)
         if self.relu6_input:
-            x = F.relu6(x, inplace=True)  # the stem's
-        return reference.folded_block(
-            x, self._weights, stride=shape.stride, residual=shape.residual, padding=self.padding
+            x = F.relu6(x, inplace=True)
+        if onednn.serves(x):
+            return self._by_onednn(x)
+        weights = reference.unpacked(packed)
+        return reference.folded_block(x, weights, stride=shape.stride, residual=shape.residual, padding=self.padding)
+
+    def _by_onednn(self, x: Tensor) -> Tensor:
+        """As ``reference.folded_block``."""
+        if self._prepared is None:
+            self._prepared = self._convolutions(x)
+        expand, depthwise, project = self._prepared
+        b = depthwise(x if expand is None else expand(x))
+        return project(b, plus=x if self.shape.residual else None)
+
+    def _convolutions(self, x: Tensor) -> tuple[onednn.Convolution | None, onednn.Convolution, onednn.Convolution]:
+        weights, prepare = reference.unpacked(self.packed), onednn.Convolution.of
+        expand, a = None, x
+        if weights.expand_weight is not None and weights.expand_bias is not None:
+            expand = prepare(weights.expand_weight, weights.expand_bias, x, ceiling=1.0)
+            a = expand(x)
+        depthwise = prepare(
+            weights.depthwise_weight,
+            weights.depthwise_bias,
+            a,
+            stride=self.shape.stride,
+            groups=self.packed.c_mid,
+            padding=self.padding,
+            ceiling=1.0,
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedBlock:
-        self._weights = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self._weights = None
-        super()._load_from_state_dict(*arguments)
+        return expand, depthwise, prepare(weights.project_weight, weights.project_bias, depthwise(a))
 
 
-class FoldedHead(nn.Module):
+class FoldedHead(_Folded):
     """The last convolution, ReLU6 and the mean over all pixels, as ``kernels.conv_relu6_mean`` runs them."""
 
     weight: Tensor
@@ -132,7 +172,11 @@ class FoldedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[N, c_in, H, W]`` in channels_last to ``[N, c_out]``."""
-        return conv_relu6_mean(x, self.weight, self.bias, backend=self.backend)
+        if self.why_torch(tuple(x.shape)) is None or not onednn.serves(x):
+            return conv_relu6_mean(x, self.weight, self.bias, backend=self.backend)
+        if self._prepared is None:
+            self._prepared = onednn.Convolution.of(self.weight, self.bias.to(x.dtype), x, ceiling=6.0)
+        return self._prepared(x).mean((2, 3))
 
 
 class FoldedClassifier(nn.Module):
@@ -215,6 +259,7 @@ class InferenceNetwork(nn.Module):
             raise ValueError(f"x: expected pictures [N, 3, H, W], got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"x: expected floating-point pictures, got {x.dtype}")
+        refuse_gradient("InferenceNetwork", x)
         with common.without_autocast(x.device):
             x = x.to(self.dtype, memory_format=torch.channels_last)
             return self.classifier(self.features(x))

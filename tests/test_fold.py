@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from samples import settled
 from torch import nn
 
 from kernels import common
-from mnv2 import MobileNetV2
+from mnv2 import MobileNetV2, onednn
 from mnv2.config import InputError
 from mnv2.fold import fold
 from mnv2.inference import InferenceNetwork
@@ -71,7 +72,7 @@ def test_it_compiles_and_exports(device):
     network = fold(trained(0.1, 4).to(device))
     network.backend = "triton"
     x = torch.randn(1, 3, 8, 8, device=device)
-    assert torch.equal(torch.compile(network, fullgraph=True, backend="eager")(x), network(x))
+    assert torch.allclose(torch.compile(network, fullgraph=True, backend="eager")(x), network(x), atol=1e-4)
     names = [str(node.target) for node in torch.export.export(network, (x,)).graph.nodes]
     assert names.count("mnv2.inverted_residual_inference.default") == 17
     assert names.count("mnv2.conv_relu6_mean.default") == 1
@@ -137,6 +138,24 @@ def test_pictures_are_converted_at_the_door_and_autocast_changes_nothing():
     for bad, error in ((torch.ones(3, 8, 8), ValueError), (torch.ones(PICTURES).int(), TypeError)):
         with pytest.raises(error, match="x: expected"):
             network(bad)
+
+
+def test_a_layer_leaves_its_input_as_it_was_and_copies_are_whole(monkeypatch):
+    network = fold(trained(0.1, 4))
+    x = torch.randn(2, network.features[3].shape.c_in, 6, 5).contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    expected = network.features[3](x)
+    assert torch.equal(x, before)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(network)))
+    assert torch.equal(copied.features[3](x), expected)
+    copied.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()})
+    assert torch.equal(copied.features[3](x), x if network.features[3].shape.residual else torch.zeros_like(expected))
+    with pytest.raises(NotImplementedError, match="InferenceNetwork has no gradient"):
+        network(torch.randn(PICTURES, requires_grad=True))
+    pictures = torch.randn(PICTURES)
+    by_onednn = network(pictures)
+    monkeypatch.setattr(onednn, "serves", lambda x: False)  # as on another CPU
+    assert (network(pictures) - by_onednn).abs().max() < 1e-4 * by_onednn.abs().max()
 
 
 def replaced(path, module):
