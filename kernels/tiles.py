@@ -112,9 +112,9 @@ class HeadTile(NamedTuple):
 # A warp multiplies 16 micro-tiles at a time. With c_out of at most 32 it has 16 channels of c_mid and the sums of all
 # of c_out to itself; a larger c_out is dealt out to four warps, each with 16 of 64 channels. In two stages the weights
 # of the next step are on their way during this one, and fewer registers spill. Most rows use all 255 registers: what
-# spills are invariants of the loop, and a smaller micro-tile would expand more of its halo again. ``spill_bytes`` covers
-# all shapes and capabilities; the largest, 252, is SHRINKING's on sm_100. The last row of a group is for small grids and
-# for devices with little shared memory.
+# spills are invariants of the loop, and a smaller micro-tile would expand more of its halo again. ``spill_bytes``
+# covers all shapes and capabilities; the largest, 252, is SHRINKING's on sm_100. The last row of a group is for small
+# grids and for devices with little shared memory.
 NARROW = (
     BlockTile(2, 4, 16, 16, 8, num_warps=1, num_stages=2, spill_bytes=192),
     BlockTile(2, 2, 16, 16, 8, num_warps=1, num_stages=2, spill_bytes=64),
