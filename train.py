@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -67,7 +68,7 @@ def run(config: TrainConfig, world: World, saved: Saved | None) -> None:
     network = make_network(config, world, data)
     if start is not None and saved is None:
         load(start, network, data, world)
-    warm_up(network, world, config.batch_size, config.resize, dtype(config.precision))
+    warm_up(partial(network.warmup, config.batch_size, config.resize, dtype(config.precision)), world)
     trainer = Trainer(network, config, world)
     progress = saved.restore(trainer, config, data, world) if saved is not None else Progress()
     log = RunLog(config, world, progress, steps=steps, num_classes=data.num_classes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -51,20 +52,20 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
         f"alpha {config.alpha}, {config.resize} px, {num_classes} classes, preprocessing {config.preprocessing}, "
         f"weights: {trained or 'none, the network has learnt nothing'}"
     )
-    network = folded(model.to(world.device), config)
-    warm_up(network, world, config.batch_size, config.resize, dtype(config.precision))
+    model = model.to(world.device).eval()
+    shape, kind = (config.batch_size, config.resize), dtype(config.precision)
+    network = folded(model, kind) if config.fold else None
     if config.explain:
-        world.print(network.explain(config.batch_size, config.resize))
+        world.print(model.explain(*shape, kind) if network is None else network.explain(*shape))
+    warm_up(partial(model.warmup, *shape, kind) if network is None else partial(network.warmup, *shape), world)
     with autocast(config.precision, world.device):
-        return evaluate(network, loader, total, world, config.smooth_factor)
+        return evaluate(model if network is None else network, loader, total, world, config.smooth_factor)
 
 
-def folded(model: MobileNetV2, config: ValidateConfig) -> MobileNetV2 | InferenceNetwork:
-    """The network that is evaluated: BatchNorm folded in the precision asked for, unless ``--fold false``."""
-    if not config.fold:
-        return model
+def folded(model: MobileNetV2, kind: torch.dtype) -> InferenceNetwork:
+    """The network with BatchNorm folded, in the precision asked for."""
     try:
-        return fold(model, dtype(config.precision))
+        return fold(model, kind)
     except ValueError as error:
         raise RunError(f"can't fold BatchNorm (--fold false goes without): {error}") from None
 

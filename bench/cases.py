@@ -275,13 +275,17 @@ def _sample_of_blocks(cap: int) -> list[Case]:
 
 
 def _every_block(cap: int) -> list[Case]:
-    """Blocks and heads at 224: of all widths and in all tiles on sm_90, with alpha 1.0 at the other sides too."""
+    """Blocks and heads at 224: of all widths and in all tiles on sm_90, with alpha 1.0 at the other sides too.
+
+    Alpha 1.0 at 224 in fp32 (TF32) too.
+    """
     from mnv2.model import VARIANTS
 
     whole = [(alpha, 224) for alpha in VARIANTS] if cap == 90 else [(1.0, 224)]
     smaller = [(1.0, resize) for resize in VARIANTS[1.0]] if cap == 90 else []
     cases = [case for b in _distinct(whole, "block") for case in _launches(cap, b, ALL if cap == 90 else FIRST)]
     cases += [case for b in _distinct(smaller, "block") for case in _launches(cap, b, FIRST)]
+    cases += [case for b in _distinct([(1.0, 224)], "block") for case in _launches(cap, b, FIRST, "fp32")]
     return cases + _heads(cap, [*whole, *smaller])
 
 

@@ -78,6 +78,11 @@ def unsupported(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return None
 
 
+def run_kernels(x: Tensor, packed: PackedBlock, stride: int, residual: bool, padding: str, relu6_input: bool) -> Tensor:
+    """``inverted_residual_inference`` by the kernels, for arguments that have been checked."""
+    return _inverted_residual_inference(x, *packed, stride, residual, padding, relu6_input)
+
+
 def refuse_gradient(operation: str, *tensors: Tensor | None) -> None:
     """Raise NotImplementedError where autograd would want a gradient of ``operation`` on these tensors."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -100,7 +105,7 @@ def why_torch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
     problem = unsupported(shape, dtype, device)
     if problem and backend == "triton":
         raise ValueError(f"x: {problem}")
-    if backend == "auto" and dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+    if backend == "auto" and dtype == torch.float32 and not common.tf32_allowed():
         return "IEEE fp32 has no tensor cores"  # hundreds of instructions an element
     return problem
 
@@ -126,8 +131,8 @@ def inverted_residual_inference(
         relu6_input: x is a convolution's output that ReLU6 is yet to be applied to, which is done as it is read; for
             expand ratio 1 alone.
         backend: "triton" runs the kernels or says why it can't; "torch" runs torch's convolutions; "auto" runs the
-            kernels on NVIDIA GPUs from compute capability 8.0 on, fp32 only where ``torch.backends.cudnn.allow_tf32``
-            allows TF32, and torch's convolutions elsewhere.
+            kernels on NVIDIA GPUs from compute capability 8.0 on, fp32 only where torch's convolutions may be TF32
+            (``torch.backends.cudnn``), and torch's convolutions elsewhere.
 
     Returns:
         ``[N, c_out, ceil(H / stride), ceil(W / stride)]`` in channels_last, in x's type. Autocast changes nothing.
@@ -144,7 +149,7 @@ def inverted_residual_inference(
     """
     _check(x, packed, stride, residual, padding, relu6_input, backend)
     if why_torch(tuple(x.shape), x.dtype, x.device, backend) is None:
-        return _inverted_residual_inference(x, *packed, stride, residual, padding, relu6_input)
+        return run_kernels(x, packed, stride, residual, padding, relu6_input)
     return reference.inverted_residual_inference(
         x, packed, stride=stride, residual=residual, padding=padding, relu6_input=relu6_input
     )

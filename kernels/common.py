@@ -148,9 +148,15 @@ def unsupported_device(device: torch.device) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def tf32_allowed() -> bool:
+    """Whether torch's convolutions in fp32 may be TF32, by whichever of its two switches it was said."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # made at run time
+
+
 def dot_precision(x: Tensor) -> str:
-    """How matrices of x's type are multiplied: in fp32 as torch's convolutions are, TF32 or IEEE."""
-    return "tf32" if x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee"
+    """How matrices in fp32 are multiplied: as torch's convolutions are. It means nothing to other types."""
+    return "ieee" if x.dtype == torch.float32 and not (x.is_cuda and tf32_allowed()) else "tf32"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -19,19 +19,19 @@ class Device(NamedTuple):
     processors: int
     clock: float  # Hz
     bandwidth: float  # bytes a second
-    macs: int  # half-precision multiply-adds of the tensor cores, a clock and multiprocessor
+    macs: int  # half-precision multiply-adds of the tensor cores, a clock and multiprocessor, by a warp's instructions
+    group_macs: int  # and by those of a warp group (wgmma), where there are any
 
 
 SCHEDULERS = 4  # a multiprocessor; each issues an instruction a clock
 # NVIDIA's data sheets and architecture white papers. The clock is the boost clock; for the B200 it follows from the
-# data sheet's 75 TFLOPS in fp32; for the H100 it is assumed, under its boost of 1.98 GHz. What tensor cores do is that
-# of the instructions of a warp (mma.sync); those of a warp group (wgmma) do twice as much on an H100.
+# data sheet's 75 TFLOPS in fp32; for the H100 it is assumed, under its boost of 1.98 GHz.
 DEVICES = {
-    80: Device("A100 SXM 80GB", 108, 1.410e9, 2.039e12, 1024),
-    86: Device("RTX A6000", 84, 1.800e9, 0.768e12, 512),
-    90: Device("H100 SXM", 132, 1.755e9, 3.350e12, 1024),
-    100: Device("B200", 148, 1.980e9, 8.000e12, 1024),
-    120: Device("RTX 5090", 170, 2.407e9, 1.792e12, 512),
+    80: Device("A100 SXM 80GB", 108, 1.410e9, 2.039e12, 1024, 1024),
+    86: Device("RTX A6000", 84, 1.800e9, 0.768e12, 512, 512),
+    90: Device("H100 SXM", 132, 1.755e9, 3.350e12, 1024, 2048),
+    100: Device("B200", 148, 1.980e9, 8.000e12, 1024, 1024),
+    120: Device("RTX 5090", 170, 2.407e9, 1.792e12, 512, 512),
 }
 
 
@@ -63,11 +63,12 @@ def bounds(device: Device, facts: Mapping[str, Any] | None, programs: int, trips
         return programs * facts["warps"] * (facts[name] + facts[loop] * (trips - 1))
 
     wgmma = facts is not None and "HGMMA" in facts["tensor_core"]
+    macs = device.group_macs if wgmma else device.macs
     clocks = device.processors * device.clock
     return Bounds(
         hbm=touched / device.bandwidth,
         issue=total("instructions", "loop") / (clocks * SCHEDULERS),
-        tensor=total("macs", "loop_macs") / (clocks * device.macs * (1 + wgmma)),
+        tensor=total("macs", "loop_macs") / (clocks * macs),
         shared=total("wavefronts", "loop_wavefronts") / clocks,
     )
 
@@ -86,4 +87,5 @@ def device_of(device: torch.device) -> Device:
         1e3 * about.clock_rate,
         2 * 1e3 * about.memory_clock_rate * about.memory_bus_width / 8,
         like.macs,
+        like.group_macs,
     )

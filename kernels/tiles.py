@@ -1,8 +1,8 @@
 """Block sizes as data: which tile a kernel takes for a shape, and why.
 
 A tile is chosen by channels and width, and how far a program walks by whether the grid fills the device. Neither is
-tuned by batch, so a partial batch compiles nothing. Every row is compiled ahead of time for every supported GPU by
-``python -m bench.aot``, which fails where a row spills more than it declares.
+tuned by batch, so a partial batch compiles nothing. Rows are compiled ahead of time by ``python -m bench.aot``, which
+fails where one spills more than it declares.
 """
 
 from __future__ import annotations
@@ -193,6 +193,8 @@ def block_tiles(
 ) -> tuple[BlockTile, ...]:
     """Tiles for a block with an output of ``H_out x W_out``, the cheapest on a full grid first; all fit the device."""
     rows = [row.fitted(H_out, W_out) for row in _block_rows(c_in, c_out, stride, H_out, W_out, expands)]
+    if element_size == 4:  # fp32 takes twice the registers for the factors of a product
+        rows = rows[-1:]
     fitting = tuple(row for row in rows if row.shared_bytes(c_in, c_out, stride, element_size) <= limits.shared)
     return fitting or (LOOPED.fitted(H_out, W_out),)
 

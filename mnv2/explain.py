@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kernels import DepthwiseConv2d, PackedBlock, common, tiles
 from kernels.block_inference_passes import chosen_tile, inverted_residual_bytes, inverted_residual_launches
 from kernels.common import Launch
-from kernels.depthwise import runs_kernels, unsupported
+from kernels.depthwise import unsupported
 from kernels.head_inference import conv_relu6_mean_bytes, conv_relu6_mean_launch
 from kernels.roofline import Bounds, bounds, device_of
 
@@ -79,34 +79,41 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_unfolded(model: MobileNetV2, batch: int, resize: int) -> Explanation:
+def explain_unfolded(model: MobileNetV2, batch: int, resize: int, dtype: torch.dtype | None = None) -> Explanation:
     """Plans of all layers of a network with BatchNorm, in evaluation: torch's but for the depthwise convolutions.
+
+    ``dtype`` is autocast's, None for the type of the weights.
 
     Raises:
         ValueError: ``batch`` or ``resize`` is not positive.
     """
     _check_positive(batch=batch, resize=resize)
     weight = next(model.parameters())
+    dtype = dtype or weight.dtype
     depthwise = iter([module for module in model.modules() if isinstance(module, DepthwiseConv2d)])
     plans = []
     for layer in model.layer_shapes(resize):
-        torch_mb = _unfolded_bytes(layer, batch, weight.element_size()) / batch / MB
+        torch_mb = _unfolded_bytes(layer, batch, dtype.itemsize) / batch / MB
         plan = LayerPlan(layer.name, _shape(layer), "torch", torch_mb=torch_mb)
         if layer.kind == "block":
             conv = next(depthwise)
-            x = common.allocate((1, layer.c_mid, layer.height, layer.width), weight)
-            try:
-                runs, why = runs_kernels(x, conv.weight, layer.stride, conv.backend), ""
-            except ValueError as error:  # backend="triton" where it can't be
-                runs, why = False, f"refused: {error}"
-            if runs:
-                plan = replace(plan, path="torch, depthwise by kernels", kernels_mb=torch_mb)
-            elif not why:
-                here = "on a CPU" if conv.backend == "auto" and weight.device.type == "cpu" else None
-                why = here or unsupported(x, conv.weight, layer.stride) or "asked for"
-            plan = replace(plan, why=why)
+            x = common.allocate((1, layer.c_mid, layer.height, layer.width), weight, dtype)
+            if why := _why_torch(x, conv, layer.stride):
+                plan = replace(plan, why=why)
+            else:
+                plan = replace(plan, path="torch, depthwise by kernels")
         plans.append(plan)
-    return Explanation(tuple(plans), batch, weight.dtype, weight.device)
+    return Explanation(tuple(plans), batch, dtype, weight.device)
+
+
+def _why_torch(x: Tensor, conv: DepthwiseConv2d, stride: int) -> str | None:
+    """Why torch runs a depthwise convolution, or None where the kernels do."""
+    if conv.backend == "torch":
+        return "asked for"
+    if conv.backend == "auto" and x.device.type == "cpu":
+        return "on a CPU"
+    problem = unsupported(x, conv.weight, stride)
+    return f"refused: {problem}" if problem and conv.backend == "triton" else problem
 
 
 def explain(network: InferenceNetwork, batch: int, resize: int, *, check: Tensor | None = None) -> Explanation:
@@ -123,7 +130,7 @@ def explain(network: InferenceNetwork, batch: int, resize: int, *, check: Tensor
     modules = [module for _, module in network.layers()]
     found: Sequence[int | None] = [None] * len(modules)
     if check is not None:
-        found = _not_finite(modules, check.to(network.dtype))
+        found = _not_finite(modules, network.prepared(check))
     plans = [
         _plan(shape, module, batch, network, not_finite)
         for shape, module, not_finite in zip(shapes, modules, found, strict=True)
@@ -133,7 +140,7 @@ def explain(network: InferenceNetwork, batch: int, resize: int, *, check: Tensor
 
 def _check_positive(**values: int) -> None:
     for name, value in values.items():
-        if value != int(value) or value < 1:
+        if type(value) is not int or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
@@ -146,10 +153,10 @@ def _shape(layer: LayerShape) -> str:
 def _not_finite(modules: Iterable[nn.Module], x: Tensor) -> list[int]:
     """Values of each layer's output that are NaN or infinite."""
     counts = []
-    x = x.contiguous(memory_format=torch.channels_last)
-    for module in modules:
-        x = module(x)
-        counts.append(int((~x.isfinite()).sum()))
+    with common.without_autocast(x.device):
+        for module in modules:
+            x = module(x)
+            counts.append(int((~x.isfinite()).sum()))
     return counts
 
 
@@ -178,7 +185,7 @@ def _plan(
         torch_mb=torch_mb,
         kernels_mb=touched / batch / MB,
         bound_us=longest / batch * 1e6,
-        binds=max(limits, key=max).binds,
+        binds=max(limits, key=max).binds if all(limit.issue for limit in limits) else "bytes alone",
         not_finite=not_finite,
     )
 
@@ -187,7 +194,7 @@ def _block_plan(
     packed: PackedBlock, layer: LayerShape, batch: int, network: InferenceNetwork
 ) -> tuple[str, int, list[Bounds]]:
     """Tile, bytes, and the bounds of each launch, on meta tensors: nothing is allocated."""
-    packed, device = packed.to("meta"), network.device
+    packed, device, half = packed.to("meta"), network.device, network.dtype.itemsize == 2
     x = common.allocate((batch, layer.c_in, layer.height, layer.width), packed.project_weight)
     y = common.allocate((batch, layer.c_out, layer.height_out, layer.width_out), x)
     tile = chosen_tile(x, packed, layer.stride, common.limits(device))
@@ -196,7 +203,7 @@ def _block_plan(
     traffic = inverted_residual_bytes(x, packed, y, *how, tile=tile)
     limits = []
     for kernel, launch, moved in zip(("block", "block_project"), launches, traffic, strict=False):
-        limits.append(_bounds(kernel, layer, tile, launch, moved.touched, device))
+        limits.append(_bounds(kernel, layer, tile, launch, moved.touched, device, half))
     text = f"{tile.TILE_H}x{tile.TILE_W} pixels, {tile.BLOCK_E} channels, {tile.num_warps} warps"
     return text + ", B stored" * tile.split, sum(moved.touched for moved in traffic), limits
 
@@ -208,7 +215,7 @@ def _head_plan(module: FoldedHead, layer: LayerShape, batch: int) -> tuple[str, 
     moved = conv_relu6_mean_bytes(x, weight, bias, features)
     launch = conv_relu6_mean_launch(x, weight, bias, features)
     tile = tiles.head_tile(layer.height * layer.width)
-    limits = _bounds("head", layer, tile, launch, moved.touched, module.weight.device)
+    limits = _bounds("head", layer, tile, launch, moved.touched, module.weight.device, weight.element_size() == 2)
     return f"{tile.BLOCK_P} pixels, {tile.BLOCK_O} channels, {tile.num_warps} warps", moved.touched, [limits]
 
 
@@ -219,9 +226,12 @@ def _bounds(
     launch: Launch,
     touched: int,
     device: torch.device,
+    half: bool,
 ) -> Bounds:
-    """Bounds of a launch, of its bytes alone where its kernel isn't on record."""
-    facts = tiles.record().get(tiles.record_key(kernel, layer.c_in, layer.c_mid, layer.c_out, layer.stride, tile))
+    """Bounds of a launch, of its bytes alone where its kernel isn't on record, as none in fp32 is."""
+    c_mid = layer.height * layer.width if kernel == "head" else layer.c_mid
+    key = tiles.record_key(kernel, layer.c_in, c_mid, layer.c_out, layer.stride, tile)
+    facts = tiles.record().get(key) if half else None
     trips = launch.trips if facts is None else facts["trips"]
     return bounds(device_of(device), facts, math.prod(launch.grid), trips, touched)
 

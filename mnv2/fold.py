@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import pack_inverted_residual
-from kernels.common import DTYPES, check_choice, without_autocast
+from kernels.common import DTYPES, without_autocast
 
 from .inference import FoldedStem, InferenceNetwork, build, expected_tensors
-from .model import InvertedResidual, MobileNetV2, convolution_weight, layer_shapes
+from .model import InvertedResidual, LayerShape, MobileNetV2, convolution_weight, layer_shapes
 
 
 @dataclass(frozen=True)
@@ -69,25 +69,26 @@ def fold(model: MobileNetV2, dtype: torch.dtype | None = None, *, check: Tensor 
         raise TypeError(f"model: expected a MobileNetV2, got {type(model).__name__}")
     if dtype is None:
         dtype = next(model.parameters()).dtype
-    check_choice("dtype", dtype, DTYPES)
-    *features, classifier = layer_shapes(model.alpha, num_classes=model.num_classes)
-    tensors: dict[str, Tensor] = {}
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    linear = _classifier(model)
+    *features, classifier = layer_shapes(model.alpha, num_classes=linear.out_features)
+    if len(model.features) != len(features):
+        raise TypeError(f"model: expected {len(features)} features, got {len(model.features)}")
+    tensors: dict[str, Tensor] = {"classifier.weight": linear.weight, "classifier.bias": linear.bias}
     for shape, module in zip(features, model.features, strict=True):
         if shape.kind == "block":
             folded = _fold_block(module, shape.name, dtype)
         else:
-            folded = _folded(module, shape.name)
+            folded = _folded(module, shape.name, relu6=True)
+            _check_geometry(module, shape, model.padding)
         tensors |= {f"{shape.name}.{name}": tensor for name, tensor in folded.items()}
-    linear = model.classifier[-1]
-    if not isinstance(linear, nn.Linear) or linear.bias is None:
-        raise TypeError(f"model: expected nn.Linear with bias as {classifier.name}, got {linear}")
-    tensors |= {"classifier.weight": linear.weight, "classifier.bias": linear.bias}
     layers = (*features, classifier)
     wanted = {name: kind for layer in layers for name, (_, kind) in expected_tensors(layer, dtype).items()}
     network = build(
         {name: tensor.detach().to(wanted[name], copy=True) for name, tensor in tensors.items()},
         alpha=model.alpha,
-        num_classes=model.num_classes,
+        num_classes=linear.out_features,
         padding=model.padding,
         backend=model.backend,
         dtype=dtype,
@@ -100,12 +101,32 @@ def fold(model: MobileNetV2, dtype: torch.dtype | None = None, *, check: Tensor 
     return network
 
 
+def _classifier(model: MobileNetV2) -> nn.Linear:
+    layers: list[Any] = list(model.classifier) if isinstance(model.classifier, nn.Sequential) else [model.classifier]
+    linear = layers[-1] if len(layers) in (1, 2) else None
+    dropped = all(isinstance(layer, nn.Dropout | nn.Identity) for layer in layers[:-1])
+    if not dropped or not isinstance(linear, nn.Linear) or linear.bias is None:
+        raise TypeError(f"model: expected nn.Linear with bias, behind nn.Dropout or alone, as classifier, got {layers}")
+    return linear
+
+
+def _check_geometry(layers: Any, shape: LayerShape, padding: str) -> None:
+    """Raise unless the convolution of the stem or head is the network's own."""
+    conv = layers[0]
+    got = conv.stride, conv.dilation, conv.groups, getattr(conv, "padding_rule", None)
+    if got != ((shape.stride,) * 2, (1, 1), 1, padding):
+        raise TypeError(f"model: expected stride {shape.stride} and {padding} padding in {shape.name}, got {conv}")
+
+
 def _fold_block(block: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     if not isinstance(block, InvertedResidual):
         raise TypeError(f"model: expected InvertedResidual as {name}, got {type(block).__name__}")
     *normed, last, norm = block.conv
     convolutions: list[Any] = [*normed, (last, norm)]
-    folded = [_folded(layers, f"{name}.conv.{index}") for index, layers in enumerate(convolutions)]
+    folded = [
+        _folded(layers, f"{name}.conv.{index}", relu6=layers is not convolutions[-1])
+        for index, layers in enumerate(convolutions)
+    ]
     expand, depthwise, project = folded if len(folded) == 3 else ({}, *folded)
     weights: list[Any] = [part.get(kind) for part in (expand, depthwise, project) for kind in ("weight", "bias")]
     try:
@@ -115,9 +136,13 @@ def _fold_block(block: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Te
     return {field: tensor for field, tensor in packed._asdict().items() if tensor is not None}
 
 
-def _folded(layers: Any, name: str) -> dict[str, Tensor]:
-    """Weight and bias, in fp64, of a convolution followed by BatchNorm and perhaps ReLU6."""
-    conv, norm, *activation = layers
+def _folded(layers: Any, name: str, *, relu6: bool) -> dict[str, Tensor]:
+    """Weight and bias, in fp64, of a convolution followed by BatchNorm and, if so, ReLU6."""
+    found: list[Any] = list(layers) if isinstance(layers, nn.Sequential | tuple) else [layers]
+    if len(found) != 2 + relu6:
+        wanted = "a convolution, BatchNorm" + " and ReLU6" * relu6
+        raise TypeError(f"model: expected {wanted} in {name}, got {[type(layer).__name__ for layer in found]}")
+    conv, norm, *activation = found
     try:
         weight = convolution_weight(conv, *activation).detach().double()
     except TypeError as error:

@@ -14,15 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kernels import PackedBlock, common, conv_relu6_mean, inverted_residual_inference, reference
-from kernels.block_inference import refuse_gradient, why_torch
+from kernels import PackedBlock, common, conv_relu6_mean, reference
+from kernels.block_inference import refuse_gradient, run_kernels, why_torch
 from kernels.block_inference_passes import every_launch
 from kernels.common import BACKENDS, Launch, check_choice, check_padding
 from kernels.head_inference import conv_relu6_mean_launch
 from kernels.warmup import compile_ahead
 
 from . import onednn
-from .config import InputError
+from .config import InputError, RunError
 from .model import LayerShape, layer_shapes
 
 if TYPE_CHECKING:
@@ -33,20 +33,19 @@ FORMAT = "mnv2 inference network, 1"
 
 
 class _Folded(nn.Module):
-    """A layer whose weights are buffers; what a path wants them to be is ``_prepared`` at its first call."""
+    """A layer whose weights are buffers; what oneDNN wants them to be is made once, and anew where they change."""
 
-    _prepared: Any = None
+    _kept: tuple[Any, Any] | None = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Folded:
-        self._prepared = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self._prepared = None
-        super()._load_from_state_dict(*arguments)
+    def _prepared(self, make: Callable[[], Any]) -> Any:
+        buffers = [tensor for tensor in self._buffers.values() if tensor is not None]
+        key = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in buffers]
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, make()
+        return self._kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_kept": None}
 
 
 class FoldedStem(_Folded):
@@ -67,16 +66,13 @@ class FoldedStem(_Folded):
         how: dict[str, Any] = {"stride": self.shape.stride, "padding": self.padding}
         if not onednn.serves(x):
             return reference.conv2d(x, self.weight, self.bias, **how)
-        if self._prepared is None:
-            self._prepared = onednn.Convolution.of(self.weight, self.bias, x, **how)
-        return self._prepared(x)
+        return self._prepared(lambda: onednn.Convolution.of(self.weight, self.bias, x, **how))(x)
 
 
 class FoldedBlock(_Folded):
     """A block as ``kernels.inverted_residual_inference`` runs it.
 
-    On a CPU the same by oneDNN, with weights that are prepared once. Where ``relu6_input`` is torch's to do, it is done
-    in place: x is the stem's.
+    On a CPU the same by oneDNN, with weights that are prepared once.
     """
 
     def __init__(self, packed: PackedBlock, shape: LayerShape, padding: str, backend: str, *, relu6_input: bool):
@@ -104,19 +100,12 @@ class FoldedBlock(_Folded):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[N, c_in, H, W]`` in channels_last to ``[N, c_out, ceil(H / stride), ceil(W / stride)]``."""
+        common.check_nhwc("x", x)
         packed, shape = self.packed, self.shape
         if why_torch(tuple(x.shape), packed.dtype, packed.device, self.backend) is None:
-            return inverted_residual_inference(
-                x,
-                packed,
-                stride=shape.stride,
-                residual=shape.residual,
-                padding=self.padding,
-                relu6_input=self.relu6_input,
-                backend=self.backend,
-            )
+            return run_kernels(x, packed, shape.stride, shape.residual, self.padding, self.relu6_input)
         if self.relu6_input:
-            x = F.relu6(x, inplace=True)
+            x = F.relu6(x)
         if onednn.serves(x):
             return self._by_onednn(x)
         weights = reference.unpacked(packed)
@@ -124,9 +113,7 @@ class FoldedBlock(_Folded):
 
     def _by_onednn(self, x: Tensor) -> Tensor:
         """As ``reference.folded_block``."""
-        if self._prepared is None:
-            self._prepared = self._convolutions(x)
-        expand, depthwise, project = self._prepared
+        expand, depthwise, project = self._prepared(lambda: self._convolutions(x))
         b = depthwise(x if expand is None else expand(x))
         return project(b, plus=x if self.shape.residual else None)
 
@@ -174,9 +161,8 @@ class FoldedHead(_Folded):
         """Map ``[N, c_in, H, W]`` in channels_last to ``[N, c_out]``."""
         if self.why_torch(tuple(x.shape)) is None or not onednn.serves(x):
             return conv_relu6_mean(x, self.weight, self.bias, backend=self.backend)
-        if self._prepared is None:
-            self._prepared = onednn.Convolution.of(self.weight, self.bias.to(x.dtype), x, ceiling=6.0)
-        return self._prepared(x).mean((2, 3))
+        convolution = self._prepared(lambda: onednn.Convolution.of(self.weight, self.bias.to(x.dtype), x, ceiling=6.0))
+        return convolution(x).mean((2, 3))
 
 
 class FoldedClassifier(nn.Module):
@@ -255,22 +241,24 @@ class InferenceNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, num_classes]`` of pictures ``[N, 3, H, W]``, best given in channels_last and this type."""
+        with common.without_autocast(x.device):
+            return self.classifier(self.features(self.prepared(x)))
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """Pictures ``[N, 3, H, W]`` as the stem wants them: channels_last, of the network's type."""
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"x: expected pictures [N, 3, H, W], got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"x: expected floating-point pictures, got {x.dtype}")
+        if x.device != self.device:
+            raise ValueError(f"x: expected pictures on the network's device {self.device}, got {x.device}")
         refuse_gradient("InferenceNetwork", x)
-        with common.without_autocast(x.device):
-            x = x.to(self.dtype, memory_format=torch.channels_last)
-            return self.classifier(self.features(x))
+        return x.to(self.dtype, memory_format=torch.channels_last)
 
-    def warmup(
-        self, batch: int = 64, resize: int = 224, dtype: torch.dtype | None = None, *, progress: bool = True
-    ) -> int:
+    def warmup(self, batch: int = 64, resize: int = 224, *, progress: bool = True) -> int:
         """Compile every kernel that batches of up to ``batch`` pictures of side ``resize`` run; how many there were.
 
         Else the first batch, and later the first small one, would wait for it: minutes where Triton's cache is empty.
-        ``dtype`` is the network's own.
         """
         launches: list[Launch] = []
         for module, layer in zip(self.features, layer_shapes(self.alpha, resize), strict=False):
@@ -286,16 +274,21 @@ class InferenceNetwork(nn.Module):
         return explain(self, batch, resize, check=check)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceNetwork:
-        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        if dtype != self.dtype:
-            raise TypeError(
-                f"dtype: this network was rounded to {self.dtype} when it was folded, got {dtype}; "
-                "fold the trained network again with fold(model, dtype=...)"
-            )
+        for kept in (self.dtype, torch.float32):  # weights, and biases
+            dtype = fn(torch.empty(0, dtype=kept, device=self.device)).dtype
+            if dtype != kept:
+                raise TypeError(
+                    f"dtype: this network was rounded to {self.dtype} when it was folded, with biases in fp32, got "
+                    f"{dtype}; fold the trained network again with fold(model, dtype=...)"
+                )
         return super()._apply(fn, recurse)
 
     def save(self, path: str) -> None:
-        """Write weights, type, shapes, padding and backend to the safetensors file ``path``, all of it or nothing."""
+        """Write weights, type, shapes, padding and backend to the safetensors file ``path``, all of it or nothing.
+
+        Raises:
+            RunError: it can't be written; what was there before still is.
+        """
         about = {
             "alpha": self.alpha,
             "num_classes": self.num_classes,
@@ -307,9 +300,13 @@ class InferenceNetwork(nn.Module):
         temporary = f"{path}.{os.getpid()}.writing"
         try:
             save_file(state, temporary, metadata={"format": FORMAT, "network": json.dumps(about)})
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"can't write {path}: {error}") from None
         finally:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 os.unlink(temporary)
 
     @classmethod
@@ -319,6 +316,8 @@ class InferenceNetwork(nn.Module):
         Raises:
             InputError: the file can't be read, is damaged or something else; the message says which.
         """
+        if os.path.isdir(path):
+            raise InputError(f"{path}: expected a file, got a folder")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

@@ -320,11 +320,14 @@ class MobileNetV2(nn.Module):
                 launches += every_launch(x, conv.weight, layer.stride, self.padding, gradients=self.training)
         return compile_ahead(launches, next(self.parameters()).device, progress=progress)
 
-    def explain(self, batch: int = 64, resize: int = 224) -> Explanation:
-        """Which path each layer takes in evaluation and why, and its bytes; its text is a table (``mnv2.explain``)."""
+    def explain(self, batch: int = 64, resize: int = 224, dtype: torch.dtype | None = None) -> Explanation:
+        """Which path each layer takes in evaluation and why, and its bytes; its text is a table (``mnv2.explain``).
+
+        ``dtype`` is autocast's, None for the type of the weights.
+        """
         from .explain import explain_unfolded  # which knows this class
 
-        return explain_unfolded(self, batch, resize)
+        return explain_unfolded(self, batch, resize, dtype)
 
     def layer_shapes(self, resize: int = 224) -> Sequence[LayerShape]:
         """Shapes and multiply-adds of this network's layers for a square picture of side ``resize``."""

@@ -27,8 +27,9 @@ def _types() -> tuple[torch.dtype, ...]:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether ``x`` can be convolved so; a network that is being compiled or exported keeps torch's own operations."""
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype in _types() and len(x) > 0
+    """Whether ``x`` can be convolved so; what is compiled, traced or exported keeps torch's own operations."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and x.device.type == "cpu" and x.dtype in _types() and len(x) > 0
 
 
 @dataclass(frozen=True)

@@ -334,4 +334,6 @@ def test_a_tile_is_chosen_by_how_full_the_grid_is_and_what_fits():
                 rows = tiles.block_tiles(*arguments, expands=layer.expand_macs > 0)
                 assert rows
                 assert not any(row.looped for row in rows)
+                single = tiles.block_tiles(*arguments[:5], 4, limits, expands=layer.expand_macs > 0)
+                assert len(single) == 1  # fp32 takes the smallest
                 assert all(row.shared_bytes(layer.c_in, layer.c_out, layer.stride, 2) <= limits.shared for row in rows)

@@ -18,7 +18,7 @@ from torch import nn
 
 from kernels import common
 from mnv2 import MobileNetV2, onednn
-from mnv2.config import InputError
+from mnv2.config import InputError, RunError
 from mnv2.fold import fold
 from mnv2.inference import InferenceNetwork
 from mnv2.model import layer_shapes
@@ -123,6 +123,10 @@ def test_the_type_was_chosen_and_the_device_is_free():
             change()
     assert network.to("cpu") is network
     assert network.float() is network
+    half = fold(MobileNetV2(0.1, 4), torch.float16)  # whose biases are fp32
+    for change in (lambda: half.half(), lambda: half.to("cpu", torch.float16)):
+        with pytest.raises(TypeError, match="with biases in fp32, got torch.float16"):
+            change()
     assert copy.deepcopy(network).to("meta").device.type == "meta"
 
 
@@ -148,7 +152,9 @@ def test_a_layer_leaves_its_input_as_it_was_and_copies_are_whole(monkeypatch):
     assert torch.equal(x, before)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(network)))
     assert torch.equal(copied.features[3](x), expected)
-    copied.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()})
+    with torch.no_grad():  # as a broadcast of the weights does it
+        for tensor in copied.buffers():
+            tensor.zero_()
     assert torch.equal(copied.features[3](x), x if network.features[3].shape.residual else torch.zeros_like(expected))
     with pytest.raises(NotImplementedError, match="InferenceNetwork has no gradient"):
         network(torch.randn(PICTURES, requires_grad=True))
@@ -174,7 +180,21 @@ def replaced(path, module):
         (replaced("features.0.0", nn.Conv2d(3, 8, 3, 2, 1)), TypeError, "features.0: .*expected Conv2d without bias"),
         (replaced("features.2.conv.3", nn.Identity()), TypeError, "expected BatchNorm behind .*features.2.conv.2"),
         (replaced("features.4", nn.Identity()), TypeError, "expected InvertedResidual as features.4"),
+        (
+            replaced("features.0", nn.Identity()),
+            TypeError,
+            r"expected a convolution, BatchNorm and ReLU6 in features.0",
+        ),
+        (replaced("features.18", nn.Sequential(nn.Conv2d(8, 8, 1))), TypeError, "BatchNorm and ReLU6 in features.18"),
+        (replaced("features.0.0.stride", (1, 1)), TypeError, "expected stride 2 and symmetric padding in features.0"),
+        (replaced("features", nn.Sequential()), TypeError, "expected 19 features, got 0"),
         (replaced("classifier.1", nn.Linear(1280, 4, bias=False)), TypeError, "expected nn.Linear with bias"),
+        (
+            replaced("classifier", nn.Sequential(nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 4))),
+            TypeError,
+            "nn.Linear with",
+        ),
+        (MobileNetV2(0.1, 4).double(), TypeError, "dtype: expected one of torch.float16"),
         (
             replaced("features.18.1", nn.BatchNorm2d(1280, track_running_stats=False)),
             ValueError,
@@ -214,6 +234,15 @@ def test_a_file_gives_the_same_network(tmp_path, dtype):
     assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), network.buffers(), strict=True))
 
 
+def test_a_classifier_of_other_classes_is_folded_with_them():
+    model = trained(0.1, 4)
+    for classifier in (nn.Sequential(nn.Dropout(), nn.Linear(1280, 7)), nn.Linear(1280, 7)):
+        model.classifier = classifier.eval()
+        network = fold(model)
+        assert network.num_classes == 7
+        assert difference(network, copy.deepcopy(model), torch.randn(PICTURES)) < 1e-4
+
+
 def test_a_file_that_is_none(tmp_path):
     path = str(tmp_path / "folded.safetensors")
     fold(MobileNetV2(0.1, 4)).save(path)
@@ -231,8 +260,11 @@ def test_a_file_that_is_none(tmp_path):
     save_file({**good, "classifier.weight": torch.ones(4, 3)}, wrong, metadata)
     more = str(tmp_path / "more")
     save_file({**good, "extra": torch.ones(1)}, more, metadata)
+    with pytest.raises(RunError, match="can't write"):
+        fold(MobileNetV2(0.1, 4)).save(str(tmp_path / "none" / "file"))
     for file, message in (
         (str(tmp_path / "none"), "No such file"),
+        (str(tmp_path), "expected a file, got a folder"),
         (cut, "damaged"),
         (other, "expected a file of InferenceNetwork.save"),
         (lacking, "lacks features.0.bias"),
