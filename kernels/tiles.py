@@ -145,7 +145,7 @@ SPLIT = (  # the rest: B is stored, 0.19 MB an image in each of the last three b
     BlockTile(7, 7, 16, 64, 16, num_warps=8, spill_bytes=128, split=True),  # images of 7 x 7 and less: nothing twice
     BlockTile(2, 7, 16, 64, 16, num_warps=4, spill_bytes=228, split=True),
 )
-LOOPED = BlockTile(1, 2, 16, 32, 16, num_warps=2, spill_bytes=32, split=True, looped=True)  # whatever doesn't fit else
+LOOPED = BlockTile(1, 2, 16, 32, 16, num_warps=2, spill_bytes=64, split=True, looped=True)  # whatever doesn't fit else
 PROJECT = ProjectTile(64, 64, 32, num_warps=4, num_stages=3)
 HEAD = (  # the narrowest that holds all pixels: 7 x 7 and 6 x 6 fill three quarters and a half of 64
     HeadTile(16, 128, 32, num_warps=4, num_stages=3),
