@@ -346,7 +346,7 @@ class Gpu:
     type, index = "cuda", 0
 
 network = fold(MobileNetV2(0.1, 4), torch.float16)
-layer = network.features[2]
+layer = network.features[1]
 launches = layer.launches((65536, layer.shape.c_in, 16, 16))
 print(warmup.compile_ahead(launches, Gpu, progress=False), warmup.compile_ahead(launches, Gpu, progress=False))
 """
