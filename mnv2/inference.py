@@ -49,7 +49,10 @@ class _Folded(nn.Module):
 
 
 class FoldedStem(_Folded):
-    """The first convolution with its bias. Its ReLU6 is the first block's, which applies it as it reads."""
+    """The first convolution with its bias. Its ReLU6 is the first block's, which applies it as it reads.
+
+    oneDNN clamps inside the convolution for nothing, so on a CPU the output has been through ReLU6 already.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -62,11 +65,11 @@ class FoldedStem(_Folded):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[N, 3, H, W]`` to ``[N, c_out, ceil(H / 2), ceil(W / 2)]``, both channels_last, before ReLU6."""
+        """Map ``[N, 3, H, W]`` to ``[N, c_out, ceil(H / 2), ceil(W / 2)]``, both channels_last."""
         how: dict[str, Any] = {"stride": self.shape.stride, "padding": self.padding}
         if not onednn.serves(x):
             return reference.conv2d(x, self.weight, self.bias, **how)
-        return self._prepared(lambda: onednn.Convolution.of(self.weight, self.bias, x, **how))(x)
+        return self._prepared(lambda: onednn.Convolution.of(self.weight, self.bias, x, ceiling=6.0, **how))(x)
 
 
 class FoldedBlock(_Folded):
@@ -104,10 +107,10 @@ class FoldedBlock(_Folded):
         packed, shape = self.packed, self.shape
         if why_torch(tuple(x.shape), packed.dtype, packed.device, self.backend) is None:
             return run_kernels(x, packed, shape.stride, shape.residual, self.padding, self.relu6_input)
+        if onednn.serves(x):  # and so the stem's ReLU6 is done
+            return self._by_onednn(x)
         if self.relu6_input:
             x = F.relu6(x)
-        if onednn.serves(x):
-            return self._by_onednn(x)
         weights = reference.unpacked(packed)
         return reference.folded_block(x, weights, stride=shape.stride, residual=shape.residual, padding=self.padding)
 
