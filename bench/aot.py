@@ -238,12 +238,7 @@ def write_record(path: Path, command: str, rows: Iterable[Row], compiled: Mappin
         json.dumps(report(row, good[row.key])) for row in sorted(rows, key=lambda row: row.case) if row.key in good
     )
     text = f'{json.dumps(head)[:-1]},\n"compiled": {{\n{kernels}\n}},\n"rows": [\n{lines}\n]}}\n'
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    tile_record.replace_file(path, text)
 
 
 def table(reports: Sequence[Facts]) -> str:

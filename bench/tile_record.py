@@ -22,6 +22,16 @@ KEPT = (*COMPARED, "warps", "tensor_core", "wavefronts", "macs", "loop", "loop_w
 Key = tuple[Any, ...]
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``: all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def recorded(path: Path) -> dict[Key, Facts]:
     """Facts by ``record_key`` and side, or none where there is no file."""
     try:
@@ -58,12 +68,7 @@ def write(path: Path, command: str, rows: Sequence[Row], compiled: Mapping[str, 
         facts = compiled[row.key]
         kept = {name: facts[name] for name in KEPT} | {"trips": row.work.compiled_trips(facts)}
         lines.append(json.dumps({"key": key[:-1], "side": key[-1], **kept}))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n' + ",\n".join(lines) + "\n]}\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, f'{json.dumps(head)[:-1]}, "rows": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
 def changes(path: Path, rows: Iterable[Row], compiled: Mapping[str, Facts]) -> list[str]:

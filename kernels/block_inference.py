@@ -98,16 +98,10 @@ def why_torch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
     Raises:
         ValueError: ``backend`` is "triton", and the kernels can't.
     """
-    if backend == "torch":
-        return "asked for"
-    if backend == "auto" and device.type == "cpu":  # the interpreter is for tests
-        return "on a CPU"
-    problem = unsupported(shape, dtype, device)
-    if problem and backend == "triton":
-        raise ValueError(f"x: {problem}")
-    if backend == "auto" and dtype == torch.float32 and not common.tf32_allowed():
+    why = common.why_torch(backend, device, lambda: unsupported(shape, dtype, device), "x: ")
+    if why is None and backend == "auto" and dtype == torch.float32 and not common.tf32_allowed():
         return "IEEE fp32 has no tensor cores"  # hundreds of instructions an element
-    return problem
+    return why
 
 
 def inverted_residual_inference(
@@ -164,19 +158,14 @@ def _check(
     common.check_choice("backend", backend, common.BACKENDS)
     if not isinstance(packed, PackedBlock):
         raise TypeError(f"packed: expected what pack_inverted_residual returns, got {type(packed).__name__}")
-    if stride not in (1, 2):
-        raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
+    common.check_stride(stride)
     if x.dtype != packed.dtype:
         raise TypeError(f"x: expected the pack's type {packed.dtype}, got {x.dtype}")
     if x.device != packed.device:
         raise ValueError(f"x: expected the pack's device {packed.device}, got {x.device}")
     if x.shape[1] != packed.c_in:
         raise ValueError(f"x: expected {packed.c_in} channels, got shape {tuple(x.shape)}")
-    if residual and (stride != 1 or packed.c_in != packed.c_out):
-        raise ValueError(
-            "residual: expected stride 1 and as many outputs as inputs, "
-            f"got stride {stride}, {packed.c_in} inputs and {packed.c_out} outputs"
-        )
+    common.check_residual(residual, stride, packed.c_in, packed.c_out)
     if relu6_input and packed.expand_weight is not None:
         raise ValueError("relu6_input: expected False for a block with an expansion, got True")
     refuse_gradient("inverted_residual_inference", x, *packed)

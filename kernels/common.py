@@ -13,7 +13,7 @@ BLOCK_C, COLUMNS      sizes in capitals are chosen, not given; constexpr where t
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
@@ -159,6 +159,22 @@ def dot_precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 and not (x.is_cuda and tf32_allowed()) else "tf32"
 
 
+def why_torch(backend: str, device: torch.device, unsupported: Callable[[], str | None], name: str = "") -> str | None:
+    """Why torch runs an operation on ``device`` where ``backend`` is asked for, or None where the kernels do.
+
+    Raises:
+        ValueError: ``backend`` is "triton", and ``unsupported()`` says why the kernels can't; ``name`` goes before it.
+    """
+    if backend == "torch":
+        return "asked for"
+    if backend == "auto" and device.type == "cpu":  # the interpreter is for tests
+        return "on a CPU"
+    problem = unsupported()
+    if problem and backend == "triton":
+        raise ValueError(name + problem)
+    return problem
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast wants for an operation on ``x``, or None outside autocast (fp64 is left alone)."""
     kind = x.device.type
@@ -183,6 +199,21 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def check_padding(padding: str) -> None:
     """Raise ValueError unless ``padding`` is one of ``PADDINGS``."""
     check_choice("padding", padding, PADDINGS)
+
+
+def check_stride(stride: int) -> None:
+    """Raise ValueError unless ``stride`` is a block's."""
+    if stride not in (1, 2):
+        raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
+
+
+def check_residual(residual: bool, stride: int, c_in: int, c_out: int) -> None:
+    """Raise ValueError where the input of a block can't be added to its output."""
+    if residual and (stride != 1 or c_in != c_out):
+        raise ValueError(
+            "residual: expected stride 1 and as many outputs as inputs, "
+            f"got stride {stride}, {c_in} inputs and {c_out} outputs"
+        )
 
 
 def check_image(name: str, x: Tensor) -> None:

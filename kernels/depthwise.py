@@ -154,14 +154,14 @@ def unsupported(x: Tensor, weight: Tensor, stride: int = 1) -> str | None:
     return None
 
 
+def why_torch(x: Tensor, weight: Tensor, stride: int, backend: str) -> str | None:
+    """Why torch convolves ``x`` where ``backend`` is asked for, or None; raises ValueError as ``runs_kernels``."""
+    return common.why_torch(backend, x.device, lambda: unsupported(x, weight, stride))
+
+
 def runs_kernels(x: Tensor, weight: Tensor, stride: int, backend: str) -> bool:
     """Whether ``backend`` means the kernels here; raises ValueError where "triton" asks for what they can't run."""
-    if backend == "torch" or (backend == "auto" and x.device.type == "cpu"):  # the interpreter is for tests
-        return False
-    problem = unsupported(x, weight, stride)
-    if problem and backend == "triton":
-        raise ValueError(problem)
-    return not problem
+    return why_torch(x, weight, stride, backend) is None
 
 
 def depthwise_conv2d(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import BatchNorm, check_nhwc, check_padding, without_autocast
+from .common import BatchNorm, check_nhwc, check_padding, check_residual, check_stride, without_autocast
 from .pack import PackedBlock
 
 
@@ -104,15 +104,10 @@ def inverted_residual(
     """
     check_nhwc("x", x)
     check_padding(padding)
-    if stride not in (1, 2):
-        raise ValueError(f"stride: expected 1 or 2, got {stride}")
+    check_stride(stride)
     if (expand_weight is None) != (expand_norm is None):
         raise ValueError("expand_weight, expand_norm: expected both or neither, got one of them")
-    if residual and (stride != 1 or x.shape[1] != project_weight.shape[0]):
-        raise ValueError(
-            "residual: expected stride 1 and as many outputs as inputs, "
-            f"got stride {stride}, {x.shape[1]} inputs and {project_weight.shape[0]} outputs"
-        )
+    check_residual(residual, stride, x.shape[1], project_weight.shape[0])
     a = x
     if expand_weight is not None and expand_norm is not None:
         a = F.relu6(batch_norm(conv2d(x, expand_weight), expand_norm), inplace=True)

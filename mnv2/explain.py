@@ -7,8 +7,9 @@ Bytes come from the formulas beside the launchers, instructions from the record 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from kernels import DepthwiseConv2d, PackedBlock, common, tiles
 from kernels.block_inference_passes import chosen_tile, inverted_residual_bytes, inverted_residual_launches
 from kernels.common import Launch
-from kernels.depthwise import unsupported
+from kernels.depthwise import why_torch
 from kernels.head_inference import conv_relu6_mean_bytes, conv_relu6_mean_launch
 from kernels.roofline import Bounds, bounds, device_of
 
@@ -98,7 +99,7 @@ def explain_unfolded(model: MobileNetV2, batch: int, resize: int, dtype: torch.d
         if layer.kind == "block":
             conv = next(depthwise)
             x = common.allocate((1, layer.c_mid, layer.height, layer.width), weight, dtype)
-            if why := _why_torch(x, conv, layer.stride):
+            if why := _why(partial(why_torch, x, conv.weight, layer.stride, conv.backend)):
                 plan = replace(plan, why=why)
             else:
                 plan = replace(plan, path="torch, depthwise by kernels")
@@ -106,14 +107,12 @@ def explain_unfolded(model: MobileNetV2, batch: int, resize: int, dtype: torch.d
     return Explanation(tuple(plans), batch, dtype, weight.device)
 
 
-def _why_torch(x: Tensor, conv: DepthwiseConv2d, stride: int) -> str | None:
-    """Why torch runs a depthwise convolution, or None where the kernels do."""
-    if conv.backend == "torch":
-        return "asked for"
-    if conv.backend == "auto" and x.device.type == "cpu":
-        return "on a CPU"
-    problem = unsupported(x, conv.weight, stride)
-    return f"refused: {problem}" if problem and conv.backend == "triton" else problem
+def _why(ask: Callable[[], str | None]) -> str | None:
+    """What ``ask`` says of why torch runs a layer; kernels that are asked for and can't be are refused."""
+    try:
+        return ask()
+    except ValueError as error:
+        return f"refused: {error}"
 
 
 def explain(network: InferenceNetwork, batch: int, resize: int, *, check: Tensor | None = None) -> Explanation:
@@ -167,10 +166,7 @@ def _plan(
     torch_mb = _torch_bytes(layer, batch, network.dtype.itemsize) / batch / MB
     if not isinstance(module, FoldedBlock | FoldedHead):
         return LayerPlan(layer.name, shape, "torch", torch_mb=torch_mb, not_finite=not_finite)
-    try:
-        why = module.why_torch((batch, layer.c_in, layer.height, layer.width))
-    except ValueError as error:  # backend="triton" where it can't be
-        why = f"refused: {error}"
+    why = _why(partial(module.why_torch, (batch, layer.c_in, layer.height, layer.width)))
     if isinstance(module, FoldedBlock):
         tile, touched, limits = _block_plan(module.packed, layer, batch, network)
     else:

@@ -35,14 +35,14 @@ FORMAT = "mnv2 inference network, 1"
 class _Folded(nn.Module):
     """A layer whose weights are buffers; what oneDNN wants them to be is made once, and anew where they change."""
 
-    _kept: tuple[Any, Any] | None = None
+    _kept: tuple[Any, Any, Any] | None = None
 
     def _prepared(self, make: Callable[[], Any]) -> Any:
         buffers = [tensor for tensor in self._buffers.values() if tensor is not None]
-        key = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in buffers]
+        key = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in buffers]
         if self._kept is None or self._kept[0] != key:
-            self._kept = key, make()
-        return self._kept[1]
+            self._kept = key, buffers, make()  # while they are kept, no other tensor takes their place in memory
+        return self._kept[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
