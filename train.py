@@ -102,7 +102,13 @@ def make_network(config: TrainConfig, world: World, data: TrainingData) -> Mobil
         )
     torch.manual_seed(config.seed)
     network = MobileNetV2(
-        config.alpha, data.num_classes, config.dropout, config.backend, config.padding, config.norm_eps
+        config.alpha,
+        data.num_classes,
+        config.dropout,
+        config.backend,
+        config.padding,
+        config.norm_eps,
+        config.save_activations,
     )
     torch.manual_seed(config.seed + world.rank)  # a dropout of its own for each process
     return network.to(world.device)

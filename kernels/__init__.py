@@ -8,6 +8,7 @@ from .block_inference import inverted_residual_inference
 from .common import BatchNorm
 from .depthwise import depthwise_conv2d
 from .head_inference import conv_relu6_mean
+from .inverted_residual import inverted_residual
 from .modules import DepthwiseConv2d, Replacement, replace_depthwise
 from .pack import PackedBlock, pack_inverted_residual
 
@@ -18,6 +19,7 @@ __all__ = [
     "Replacement",
     "conv_relu6_mean",
     "depthwise_conv2d",
+    "inverted_residual",
     "inverted_residual_inference",
     "pack_inverted_residual",
     "reference",

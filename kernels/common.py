@@ -13,8 +13,8 @@ BLOCK_C, COLUMNS      sizes in capitals are chosen, not given; constexpr where t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ class BatchNorm(NamedTuple):
     With ``batch_stats`` the batch's own mean and biased variance normalise, and the running statistics, where there
     are any, are updated in place in torch's convention: ``r <- (1 - momentum) r + momentum * batch`` with the unbiased
     variance, ``momentum=None`` meaning the cumulative average. Without it the running statistics are constants.
+    ``group`` names the processes whose batches together are the batch (see ``ranks.register``), "" this one alone.
 
     Source: Ioffe and Szegedy 2015, algorithm 1.
     """
@@ -49,6 +50,7 @@ class BatchNorm(NamedTuple):
     batch_stats: bool
     momentum: float | None = 0.1
     eps: float = 1e-5
+    group: str = ""
 
 
 class Launch(NamedTuple):
@@ -72,6 +74,13 @@ class Launch(NamedTuple):
             return
         with torch.cuda.device(device.index if device.type == "cuda" else -1):  # -1 changes nothing
             self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def launched(launcher: Callable[..., Launch], *arguments: Any, **keywords: Any) -> Launch:
+    """Run what ``launcher`` makes of its arguments, on the device of the first tensor among them."""
+    launch = launcher(*arguments, **keywords)
+    launch.run(next(value.device for value in launch.arguments.values() if isinstance(value, Tensor)))
+    return launch
 
 
 @dataclass(frozen=True)
@@ -115,9 +124,31 @@ class Limits(NamedTuple):
     shared: int
 
 
-@functools.cache
+_planned: torch.device | None = None
+
+
+@contextmanager
+def planned_for(device: torch.device) -> Iterator[None]:
+    """Inside, launches on meta tensors are what they would be on tensors of ``device``."""
+    global _planned
+    before, _planned = _planned, device
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+def _target(device: torch.device) -> torch.device:
+    return _planned if _planned is not None and device.type == "meta" else device
+
+
 def limits(device: torch.device) -> Limits:
     """Limits of ``device``; those of an H100 where it is no GPU, for reports made without one."""
+    return _limits(_target(device))
+
+
+@functools.cache
+def _limits(device: torch.device) -> Limits:
     if device.type != "cuda":
         return Limits(132, 232448)
     properties = torch.cuda.get_device_properties(device)
@@ -156,7 +187,8 @@ def tf32_allowed() -> bool:
 
 def dot_precision(x: Tensor) -> str:
     """How matrices in fp32 are multiplied: as torch's convolutions are. It means nothing to other types."""
-    return "ieee" if x.dtype == torch.float32 and not (x.is_cuda and tf32_allowed()) else "tf32"
+    on_gpu = _target(x.device).type == "cuda"
+    return "ieee" if x.dtype == torch.float32 and not (on_gpu and tf32_allowed()) else "tf32"
 
 
 def why_torch(backend: str, device: torch.device, unsupported: Callable[[], str | None], name: str = "") -> str | None:
@@ -230,7 +262,7 @@ def check_image(name: str, x: Tensor) -> None:
 
 def not_nhwc(x: Tensor) -> str | None:
     """What is wrong with the layout of ``x [N, C, H, W]`` if its memory is not NHWC (``channels_last``)."""
-    if x.is_contiguous(memory_format=torch.channels_last):
+    if x.is_contiguous(memory_format=torch.channels_last) or x.numel() == 0:  # torch lays an empty output out anyhow
         return None
     return (
         f"expected channels_last memory (NHWC), got strides {x.stride()} for shape {tuple(x.shape)}; "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .common import BatchNorm, check_nhwc, check_padding, check_residual, check_stride, without_autocast
 from .pack import PackedBlock
+from .sync_batch_norm import sync_batch_norm
 
 
 def conv2d(
@@ -51,6 +52,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: str
 
 def batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
     """BatchNorm of ``x [N, C, H, W]`` over N, H and W; updates the running statistics where ``norm`` says so."""
+    if norm.batch_stats and norm.group:
+        return sync_batch_norm(x, norm)
     momentum = norm.momentum
     if norm.batch_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)

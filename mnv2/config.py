@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from kernels.common import BACKENDS, PADDINGS, unsupported_device
+from kernels.inverted_residual import SAVES
 
 from .model import check_alpha
 
@@ -197,7 +198,10 @@ class TrainConfig(RunConfig):
     weight_decay: float = option(0.0, "of convolutions and classifier, not of BatchNorm and biases")
     clip_grad_norm: float = option(0.0, "largest norm of all gradients together, 0 for no limit")
     ema_decay: float = option(0.0, "share that stays in the average of the weights at each step, 0 for no average")
-    sync_bn: bool = option(False, "BatchNorm's statistics over all processes (GPUs)", fixed=True)
+    sync_bn: bool = option(False, "BatchNorm's statistics over all processes", fixed=True)
+    save_activations: str = option(
+        "D", "what the blocks' kernels keep for the backward: D, or X, less memory for more traffic", choices=SAVES
+    )
     freeze: str = option(
         "none",
         "what isn't trained: none, or features to train the classifier alone",

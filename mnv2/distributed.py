@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels import sync_batch_norm
+
 from . import launch
 from .config import InputError, RunError, Stopped
 
@@ -317,15 +319,10 @@ class StopSignals:
         return received
 
 
-def convert_sync_batchnorm(network: ModuleT, world: World) -> ModuleT:
-    """Let every BatchNorm of ``network`` take its statistics over all processes in training.
+def convert_sync_batchnorm(network: ModuleT) -> ModuleT:
+    """Let every BatchNorm inside ``network`` take its statistics over all processes in training; one stays as it was.
 
-    Raises:
-        InputError: the processes are on CPUs, where PyTorch's SyncBatchNorm doesn't run.
+    It is done in place, on GPUs and CPUs, and changes no name in the state dict.
     """
-    if world.size > 1 and world.device.type != "cuda":
-        raise InputError(
-            "--sync_bn: expected processes on GPUs, since PyTorch's SyncBatchNorm doesn't run over gloo, "
-            f"got {world.size} on CPUs"
-        )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    sync_batch_norm.convert_sync_batchnorm(network)
+    return network

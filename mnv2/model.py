@@ -5,7 +5,6 @@ Source: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlen
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kernels import BatchNorm, DepthwiseConv2d, common, depthwise_conv2d, reference
+from kernels import BatchNorm, DepthwiseConv2d, common, inverted_residual, reference
 from kernels.common import BACKENDS, Launch, check_choice, check_padding
 from kernels.depthwise import every_launch, runs_kernels
+from kernels.inverted_residual import SAVES, why_torch
+from kernels.inverted_residual_passes import Block
+from kernels.inverted_residual_passes import every_launch as every_launch_of_block
+from kernels.sync_batch_norm import batch_norm_of
 from kernels.warmup import compile_ahead
 
 if TYPE_CHECKING:
@@ -167,10 +170,11 @@ class InvertedResidual(nn.Module):
     inside ``conv`` do not.
     """
 
-    def __init__(self, shape: LayerShape, *, padding: str, norm_eps: float, backend: str):
+    def __init__(self, shape: LayerShape, *, padding: str, norm_eps: float, backend: str, save: str):
         super().__init__()
         self.shape = shape
         self.padding = padding
+        self.save = save
         c_mid = shape.c_mid
         layers: list[nn.Module] = []
         if shape.expand_macs:
@@ -182,25 +186,64 @@ class InvertedResidual(nn.Module):
         layers.append(nn.BatchNorm2d(shape.c_out, eps=norm_eps))
         self.conv = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[N, c_in, H, W]`` in channels_last to ``[N, c_out, ceil(H / stride), ceil(W / stride)]``."""
+    def operands(self) -> tuple[Any, ...]:
+        """Weights and norms in the order of ``kernels.inverted_residual``: None for an expansion that isn't there."""
         layers: list[Any] = list(self.conv)
         *expand, depthwise, project, project_norm = layers
-        if isinstance(project_norm, nn.SyncBatchNorm):  # statistics of other processes, module by module
-            return x + self.conv(x) if self.shape.residual else self.conv(x)
-        return reference.inverted_residual(
-            x,
+        return (
             convolution_weight(expand[0][0], expand[0][2]) if expand else None,
             _batch_norm(expand[0][1]) if expand else None,
             convolution_weight(depthwise[0], depthwise[2]),
             _batch_norm(depthwise[1]),
             convolution_weight(project),
             _batch_norm(project_norm),
+        )
+
+    def launches(self, batch: int, layer: LayerShape, dtype: torch.dtype | None) -> list[Launch]:
+        """What the kernels launch for ``batch`` pictures of ``layer``, with gradients in training; none if torch runs.
+
+        ``dtype`` is autocast's. Tensors are on the meta device.
+        """
+        w1, norm1, wd, norm2, w2, norm3 = self.operands()
+        x = common.allocate((1, layer.c_in, layer.height, layer.width), wd, dtype)
+        if why_torch(x, w1, wd, w2, self.backend) is None:
+            w1, norm1, wd, norm2, w2, norm3 = map(_on_meta, self.operands())
+            x = common.allocate((batch, *x.shape[1:]), wd, dtype)
+            norm1, norm2, norm3 = (norm and norm._replace(group="") for norm in (norm1, norm2, norm3))
+            block = Block(w1, wd, w2, norm1, norm2, norm3, layer.stride, self.padding, layer.residual)
+            return every_launch_of_block(x, block, gradients=self.training, save=self.save)
+        x = common.allocate((1, layer.c_mid, layer.height, layer.width), wd, dtype)
+        if not runs_kernels(x, wd, layer.stride, self.backend):
+            return []
+        return every_launch(x, wd, layer.stride, self.padding, gradients=self.training)
+
+    @property
+    def backend(self) -> str:
+        """How the block runs: its depthwise convolution's backend."""
+        layers: list[Any] = list(self.conv)
+        return layers[-3][0].backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[N, c_in, H, W]`` in channels_last to ``[N, c_out, ceil(H / stride), ceil(W / stride)]``."""
+        layers: list[Any] = list(self.conv)
+        if isinstance(layers[-1], nn.SyncBatchNorm):  # statistics of other processes, module by module
+            return x + self.conv(x) if self.shape.residual else self.conv(x)
+        return inverted_residual(
+            x,
+            *self.operands(),
             stride=self.shape.stride,
             residual=self.shape.residual,
             padding=self.padding,
-            depthwise=functools.partial(depthwise_conv2d, backend=depthwise[0].backend),
+            backend=self.backend,
+            save=self.save,
         )
+
+
+def _on_meta(value: Any) -> Any:
+    """A tensor, or the tensors of a norm, on the meta device."""
+    if isinstance(value, BatchNorm):
+        return BatchNorm._make(map(_on_meta, value))
+    return value.detach().to("meta") if isinstance(value, Tensor) else value
 
 
 def convolution_weight(conv: nn.Module, activation: nn.Module | None = None) -> Tensor:
@@ -215,17 +258,7 @@ def convolution_weight(conv: nn.Module, activation: nn.Module | None = None) -> 
 def _batch_norm(module: nn.Module) -> BatchNorm:
     if not isinstance(module, nn.BatchNorm2d):
         raise TypeError(f"conv: expected nn.BatchNorm2d for each norm of the block, got {type(module).__name__}")
-    tracked = not module.training or module.track_running_stats
-    return BatchNorm(
-        module.weight,
-        module.bias,
-        module.running_mean if tracked else None,
-        module.running_var if tracked else None,
-        module.num_batches_tracked if tracked else None,
-        batch_stats=module.training or module.running_mean is None,
-        momentum=module.momentum,
-        eps=module.eps,
-    )
+    return batch_norm_of(module)
 
 
 class MobileNetV2(nn.Module):
@@ -238,11 +271,13 @@ class MobileNetV2(nn.Module):
         alpha: width multiplier; the published ones are ``VARIANTS``, any other positive number works.
         num_classes: outputs of the classifier.
         dropout: probability of dropping a pooled feature in training.
-        backend: how the depthwise convolutions run, as in ``kernels.depthwise_conv2d``: "auto" by Triton kernels on
-            NVIDIA GPUs of compute capability 8.0 and newer and by PyTorch elsewhere, "triton" by the kernels or with an
-            error that says why not, "torch" by PyTorch. The numbers are the same within rounding.
+        backend: how the blocks run, as in ``kernels.inverted_residual``: "auto" by Triton kernels on NVIDIA GPUs of
+            compute capability 8.0 and newer and by PyTorch elsewhere, "triton" by the kernels or with an error that
+            says why not, "torch" by PyTorch. The numbers are the same within rounding.
         padding: "symmetric" (torchvision) or "same" (TensorFlow's, asymmetric at stride 2).
         norm_eps: epsilon of every BatchNorm; TensorFlow's weights want 1e-3.
+        save: what the kernels of a block keep for its backward: "D" its input and two more tensors, "X" its input
+            alone, a quarter of the memory for a sixth more traffic.
 
     Raises:
         ValueError: an argument is out of its range; the message names it.
@@ -256,9 +291,11 @@ class MobileNetV2(nn.Module):
         backend: str = "auto",
         padding: str = "symmetric",
         norm_eps: float = 1e-5,
+        save: str = "D",
     ):
         super().__init__()
         check_choice("backend", backend, BACKENDS)
+        check_choice("save", save, SAVES)
         check_padding(padding)
         if not (math.isfinite(norm_eps) and norm_eps > 0):
             raise ValueError(f"norm_eps: expected a positive number, got {norm_eps!r}")
@@ -270,7 +307,10 @@ class MobileNetV2(nn.Module):
         self.norm_eps = norm_eps
         self.features = nn.Sequential(
             ConvNormAct(Conv2d(3, stem.c_out, 3, 2, padding), norm_eps),
-            *[InvertedResidual(shape, padding=padding, norm_eps=norm_eps, backend=backend) for shape in blocks],
+            *[
+                InvertedResidual(shape, padding=padding, norm_eps=norm_eps, backend=backend, save=save)
+                for shape in blocks
+            ],
             ConvNormAct(Conv2d(head.c_in, head.c_out, 1, 1, padding), norm_eps),
         )
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(classifier.c_in, num_classes))
@@ -279,7 +319,7 @@ class MobileNetV2(nn.Module):
 
     @property
     def backend(self) -> str:
-        """How the depthwise convolutions run; may be set at any time."""
+        """How the blocks run; may be set at any time."""
         return self._depthwise()[0].backend
 
     @backend.setter
@@ -287,6 +327,9 @@ class MobileNetV2(nn.Module):
         check_choice("backend", backend, BACKENDS)
         for conv in self._depthwise():
             conv.backend = backend
+
+    def _blocks(self) -> list[InvertedResidual]:
+        return [module for module in self.features if isinstance(module, InvertedResidual)]
 
     def _depthwise(self) -> list[DepthwiseConv2d]:
         return [module for module in self.modules() if isinstance(module, DepthwiseConv2d)]
@@ -311,14 +354,15 @@ class MobileNetV2(nn.Module):
     ) -> int:
         """Compile every kernel that pictures of side ``resize`` run, gradients' in training; how many there were.
 
-        Batches of any size share them. ``dtype`` is autocast's, None for the type of the weights.
+        ``dtype`` is autocast's, None for the type of the weights. A batch of another size may need a few more, as
+        kernels of training leave out masks where programs divide it.
         """
         launches: list[Launch] = []
-        for conv, layer in zip(self._depthwise(), self.layer_shapes(resize)[1:-2], strict=True):
-            x = common.allocate((1, layer.c_mid, layer.height, layer.width), conv.weight, dtype)
-            if runs_kernels(x, conv.weight, layer.stride, conv.backend):
-                launches += every_launch(x, conv.weight, layer.stride, self.padding, gradients=self.training)
-        return compile_ahead(launches, next(self.parameters()).device, progress=progress)
+        device = next(self.parameters()).device
+        with common.planned_for(device):
+            for block, layer in zip(self._blocks(), self.layer_shapes(resize)[1:-2], strict=True):
+                launches += block.launches(batch, layer, dtype)
+        return compile_ahead(launches, device, progress=progress)
 
     def explain(self, batch: int = 64, resize: int = 224, dtype: torch.dtype | None = None) -> Explanation:
         """Which path each layer takes in evaluation and why, and its bytes; its text is a table (``mnv2.explain``).

@@ -52,16 +52,13 @@ class Trainer:
         network: on its device.
         config: the recipe.
         world: the processes.
-
-    Raises:
-        InputError: ``--sync_bn`` can't run here.
     """
 
     def __init__(self, network: MobileNetV2, config: TrainConfig, world: World):
         if config.freeze == "features":
             network.features.requires_grad_(False)
         if config.sync_bn:
-            network = convert_sync_batchnorm(network, world)
+            network = convert_sync_batchnorm(network)
         self.network = network
         self.optimizer = make_optimizer(network, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")

@@ -8,10 +8,11 @@ import torch
 from samples import settled
 from torch import nn
 
+from kernels.sync_batch_norm import SyncBatchNorm2d
 from mnv2 import MobileNetV2
-from mnv2.config import InputError, RunError, TrainConfig
+from mnv2.config import RunError, TrainConfig
 from mnv2.data import Batch
-from mnv2.distributed import World, convert_sync_batchnorm
+from mnv2.distributed import World
 from mnv2.engine import Progress, settle, train_steps
 from mnv2.precision import autocast, input_dtype, numerics
 from mnv2.trainer import AveragedWeights, Trainer
@@ -208,14 +209,9 @@ def test_state_comes_back_to_the_bit_and_settings_do_not():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(again["optimizer"]["state"][number][key]))
 
 
-def test_synchronised_norms_need_gpus():
-    message = (
-        "--sync_bn: expected processes on GPUs, since PyTorch's SyncBatchNorm doesn't run over gloo, got 2 on CPUs"
-    )
-    with pytest.raises(InputError, match=message):
-        convert_sync_batchnorm(network(), World(0, 2))
+def test_synchronised_norms_in_one_process_are_plain_ones():
     trainer, progress = trained(batches(2), 2, max_lr=0.05, sync_bn=True)
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in trainer.network.modules())
+    assert sum(isinstance(module, SyncBatchNorm2d) for module in trainer.network.modules()) == 52
     assert progress.losses == pytest.approx(plain_sgd(2)[0], rel=1e-4)
 
 

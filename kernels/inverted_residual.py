@@ -1,0 +1,371 @@
+"""The inverted residual in training, the operation: what torch sees of the passes in ``inverted_residual_passes.py``.
+
+Saved for the backward: X, D, P and small statistics; or X alone, and D and P are made again. The expanded tensor is
+never stored. Sums have a fixed order: two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import common, reference
+from . import inverted_residual_passes as passes
+from .common import BatchNorm, cdiv
+from .depthwise import depthwise_conv2d
+from .inverted_residual_passes import Block, Grads, Saved
+from .norms import count_batch
+
+SAVES = ("D", "X")
+Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # the tensors of a BatchNorm
+NOTHING: Norm = (None, None, None, None, None)
+MAX_CHANNELS = 512  # of X and Y: products over them are unrolled, and their sums lie in registers
+
+
+def _block(
+    w1: Tensor | None,
+    wd: Tensor,
+    w2: Tensor,
+    norms: tuple[Norm, Norm, Norm],
+    stride: int,
+    residual: bool,
+    padding: str,
+    batch_stats: list[bool],
+    momentum: list[float],
+    eps: list[float],
+    group1: str,
+    group2: str,
+    group3: str,
+) -> Block:
+    """A block from arguments of the operations below, where a momentum of NaN is None."""
+    norm1, norm2, norm3 = (
+        BatchNorm(*tensors, batch, None if rate != rate else rate, epsilon, group)
+        for tensors, batch, rate, epsilon, group in zip(
+            norms, batch_stats, momentum, eps, (group1, group2, group3), strict=True
+        )
+    )
+    return Block(w1, wd, w2, None if w1 is None else norm1, norm2, norm3, stride, padding, residual)
+
+
+def _new_output(x: Tensor, c_out: int, stride: int) -> Tensor:
+    N, _, H, W = x.shape
+    return common.allocate((N, c_out, cdiv(H, stride), cdiv(W, stride)), x)
+
+
+# An operation that changes some of its inputs may return a tuple, but no list: torch.compile can't trace it else.
+_YAndSaved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_RUNNING = tuple(f"running_{name}{i}" for i in (1, 2, 3) for name in ("mean", "var"))
+
+
+@torch.library.custom_op("mnv2::inverted_residual_fwd", mutates_args=_RUNNING)
+def _fwd(
+    x: Tensor,
+    w1: Tensor | None,
+    wd: Tensor,
+    w2: Tensor,
+    gamma1: Tensor | None,
+    beta1: Tensor | None,
+    running_mean1: Tensor | None,
+    running_var1: Tensor | None,
+    batches1: Tensor | None,
+    gamma2: Tensor | None,
+    beta2: Tensor | None,
+    running_mean2: Tensor | None,
+    running_var2: Tensor | None,
+    batches2: Tensor | None,
+    gamma3: Tensor | None,
+    beta3: Tensor | None,
+    running_mean3: Tensor | None,
+    running_var3: Tensor | None,
+    batches3: Tensor | None,
+    stride: int,
+    residual: bool,
+    padding: str,
+    batch_stats: list[bool],
+    momentum: list[float],
+    eps: list[float],
+    group1: str,
+    group2: str,
+    group3: str,
+) -> _YAndSaved:
+    """Y and what ``Saved`` names; updates the running statistics."""
+    norms = (
+        (gamma1, beta1, running_mean1, running_var1, batches1),
+        (gamma2, beta2, running_mean2, running_var2, batches2),
+        (gamma3, beta3, running_mean3, running_var3, batches3),
+    )
+    block = _block(w1, wd, w2, norms, stride, residual, padding, batch_stats, momentum, eps, group1, group2, group3)
+    y, saved = _new_output(x, block.c_out, stride), passes.new_saved(x, block)
+    passes.forward(x, block, y, saved)
+    return y, *saved
+
+
+@_fwd.register_fake
+def _(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor, *rest: Any) -> _YAndSaved:
+    block = _block(w1, wd, w2, (NOTHING, NOTHING, NOTHING), *rest[-9:])
+    return _new_output(x, block.c_out, block.stride), *passes.new_saved(x, block)
+
+
+@torch.library.custom_op("mnv2::inverted_residual_bwd", mutates_args=())
+def _bwd(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor | None,
+    wd: Tensor,
+    w2: Tensor,
+    saved: list[Tensor],
+    needs: list[bool],
+    stride: int,
+    residual: bool,
+    padding: str,
+    batch_stats: list[bool],
+    momentum: list[float],
+    eps: list[float],
+    group1: str,
+    group2: str,
+    group3: str,
+) -> list[Tensor]:
+    """Gradients that ``needs`` asks for, in the order of ``Grads``; D and P are made again where they are empty."""
+    norms = (NOTHING, NOTHING, NOTHING)  # what a forward has made of them is in ``saved``
+    block = _block(w1, wd, w2, norms, stride, residual, padding, batch_stats, momentum, eps, group1, group2, group3)
+    state = Saved(*saved)
+    if not state.d.numel():
+        state = passes.with_d_and_p(x, block, state)
+    found = passes.backward(dy, x, block, state, Grads(*needs))
+    return [grad if need else x.new_empty(0) for grad, need in zip(found, needs, strict=True)]
+
+
+@_bwd.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor | None,
+    wd: Tensor,
+    w2: Tensor,
+    saved: list[Tensor],
+    needs: list[bool],
+    *how: Any,
+) -> list[Tensor]:
+    mid, out = (x.new_empty((2, channels), dtype=torch.float32) for channels in (wd.shape[0], w2.shape[0]))
+    found = Grads(x, x if w1 is None else w1, mid, wd, mid, w2, out)
+    return [torch.empty_like(grad) if need else x.new_empty(0) for grad, need in zip(found, needs, strict=True)]
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError(
+        "inverted_residual: its gradients can't be differentiated again; take backend='torch' for second derivatives"
+    )
+
+
+_bwd.register_autograd(_no_double_backward)
+
+
+class _InvertedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        save: str,
+        how: tuple[Any, ...],
+        x: Tensor,
+        w1: Tensor | None,
+        wd: Tensor,
+        w2: Tensor,
+        *norms: Tensor | None,
+    ) -> Tensor:
+        y, *saved = _fwd(x, w1, wd, w2, *norms, *how)
+        if save == "X":
+            state = Saved(*saved)
+            saved = [*state._replace(d=x.new_empty(0), p=x.new_empty(0))]
+        ctx.how = how
+        ctx.types = [None if tensor is None else tensor.dtype for tensor in norms]
+        ctx.save_for_backward(x, w1, wd, w2, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, wd, w2, *saved = ctx.saved_tensors
+        _, _, need_x, need_w1, need_wd, need_w2, *need = ctx.needs_input_grad
+        affine = [need[i] or need[i + 1] for i in (0, 5, 10)]
+        needs = [need_x, need_w1, affine[0], need_wd, affine[1], need_w2, affine[2]]
+        dy = grads[0].contiguous(memory_format=torch.channels_last)  # autograd's to choose: sum() sends one number
+        found = Grads(*_bwd(dy, x, w1, wd, w2, saved, needs, *ctx.how))
+        norms: list[Tensor | None] = [None] * 15
+        for first, pair in zip((0, 5, 10), (found.norm1, found.norm2, found.norm3), strict=True):
+            for i in (0, 1):
+                if need[first + i]:
+                    norms[first + i] = pair[i].to(ctx.types[first + i])
+        front = (found.x, found.w1, found.wd, found.w2)
+        asked = (need_x, need_w1, need_wd, need_w2)
+        return None, None, *(g if n else None for g, n in zip(front, asked, strict=True)), *norms
+
+
+def _dense(weight: Tensor) -> bool:
+    return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def unsupported(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor) -> str | None:
+    """Why the kernels can't run a block on ``x``, naming the argument, or None if they can."""
+    if problem := common.unsupported_device(x.device):
+        return f"x: {problem}"
+    dtype = common.autocast_dtype(x) or x.dtype
+    if dtype not in common.DTYPES:
+        return f"x: expected float16, bfloat16 or float32, got {dtype}"
+    if problem := common.not_nhwc(x):
+        return f"x: {problem}"
+    if x.shape[0] * x.shape[2] * x.shape[3] >= 2**31 or not x.shape[0]:
+        return f"x: expected pictures of fewer than 2^31 pixels in all, got shape {tuple(x.shape)}"
+    for name, channels in (("x", x.shape[1]), ("project_weight", w2.shape[0])):
+        if channels > MAX_CHANNELS:
+            return f"{name}: expected at most {MAX_CHANNELS} channels, got {channels}"
+    if wd.shape[2:] != (3, 3):
+        return f"depthwise_weight: expected a kernel of 3 x 3, got {wd.shape[2]} x {wd.shape[3]}"
+    for name, weight in (("expand_weight", w1), ("depthwise_weight", wd), ("project_weight", w2)):
+        if weight is not None and not _dense(weight):
+            return f"{name}: expected dense memory, got strides {weight.stride()} for shape {tuple(weight.shape)}"
+    return None
+
+
+def why_torch(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor, backend: str) -> str | None:
+    """Why torch runs a block on ``x`` where ``backend`` is asked for, or None.
+
+    Raises:
+        ValueError: ``backend`` is "triton", and the kernels can't.
+    """
+    why = common.why_torch(backend, x.device, lambda: unsupported(x, w1, wd, w2))
+    dtype = common.autocast_dtype(x) or x.dtype
+    if why is None and backend == "auto" and dtype == torch.float32 and not common.tf32_allowed():
+        return "IEEE fp32 has no tensor cores"  # hundreds of instructions an element
+    return why
+
+
+def inverted_residual(
+    x: Tensor,
+    expand_weight: Tensor | None,
+    expand_norm: BatchNorm | None,
+    depthwise_weight: Tensor,
+    depthwise_norm: BatchNorm,
+    project_weight: Tensor,
+    project_norm: BatchNorm,
+    *,
+    stride: int,
+    residual: bool,
+    padding: str = "symmetric",
+    backend: str = "auto",
+    save: str = "D",
+) -> Tensor:
+    """Inverted residual in training: expand 1x1, depthwise 3x3, project 1x1, each with BatchNorm, ReLU6 between.
+
+    Nothing of c_mid channels is written but D, the depthwise convolution's output. Differentiable once.
+
+    Args:
+        x: ``[N, c_in, H, W]`` in channels_last; fp16, bf16 or fp32. Under autocast it is cast to autocast's type.
+        expand_weight: ``[c_mid, c_in, 1, 1]``, or None (with ``expand_norm``) for expand ratio 1, where c_mid is c_in.
+        expand_norm: BatchNorm over c_mid channels, by the batch's statistics or by the running ones.
+        depthwise_weight: ``[c_mid, 1, 3, 3]``.
+        depthwise_norm: BatchNorm over c_mid channels.
+        project_weight: ``[c_out, c_mid, 1, 1]``.
+        project_norm: BatchNorm over c_out channels.
+        stride: 1 or 2, of the depthwise convolution.
+        residual: add ``x`` to the result; needs stride 1 and c_in equal to c_out.
+        padding: of the depthwise convolution, "symmetric" or TensorFlow's "same".
+        backend: "triton" runs the kernels or says why it can't; "torch" runs torch's operations; "auto" runs the
+            kernels on NVIDIA GPUs from compute capability 8.0 on, fp32 only where torch's convolutions may be TF32
+            (``torch.backends.cudnn``), and elsewhere torch's operations around ``depthwise_conv2d``.
+        save: what the backward has of the forward: "D" keeps X, D and P; "X" keeps X and makes the others again.
+
+    Weights and norms have x's type, or under autocast any floating-point type: the kernels round W1 and W2 to x's, and
+    gradients are returned in their own. Statistics are fp32 (fp64 where they are merged), BN1's those of E as the
+    rounded W1 makes it.
+
+    Returns:
+        ``[N, c_out, ceil(H / stride), ceil(W / stride)]`` in channels_last, in x's type.
+
+    NaN: the kernels' clamp makes an expanded or depthwise value of NaN 0, where torch's keeps it.
+
+    Raises:
+        TypeError: x or a weight is not floating-point.
+        ValueError: shapes, layout, stride, residual or padding make no such block, a norm over the batch has one number
+            of each channel, or ``backend="triton"`` can't run it; the message names the argument.
+        NotImplementedError: a gradient of a gradient is asked for.
+
+    ``torch.func``'s transforms want ``backend="torch"``.
+
+    Source: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", table 1; the passes and their
+    derivation are in ``kernels/README.md``.
+    """
+    common.check_choice("backend", backend, common.BACKENDS)
+    common.check_choice("save", save, SAVES)
+    norms = (expand_norm, depthwise_norm, project_norm)
+    _check(x, expand_weight, depthwise_weight, project_weight, norms, stride, residual, padding)
+    if why_torch(x, expand_weight, depthwise_weight, project_weight, backend) is not None:
+        return reference.inverted_residual(
+            x,
+            expand_weight,
+            expand_norm,
+            depthwise_weight,
+            depthwise_norm,
+            project_weight,
+            project_norm,
+            stride=stride,
+            residual=residual,
+            padding=padding,
+            depthwise=functools.partial(depthwise_conv2d, backend=backend),
+        )
+    dtype = common.autocast_dtype(x)
+    there = [norm or BatchNorm(None, None, None, None, None, False) for norm in norms]
+    for norm in there:
+        count_batch(norm)
+    how = (
+        stride,
+        residual,
+        padding,
+        [norm.batch_stats for norm in there],
+        [float("nan") if norm.momentum is None else float(norm.momentum) for norm in there],
+        [float(norm.eps) for norm in there],
+        *(norm.group if norm.batch_stats else "" for norm in there),
+    )
+    tensors = [tensor for norm in there for tensor in norm[:5]]
+    x = x if dtype is None else x.to(dtype)
+    return _InvertedResidual.apply(save, how, x, expand_weight, depthwise_weight, project_weight, *tensors)
+
+
+def _check(
+    x: Tensor,
+    w1: Tensor | None,
+    wd: Tensor,
+    w2: Tensor,
+    norms: tuple[BatchNorm | None, BatchNorm, BatchNorm],
+    stride: int,
+    residual: bool,
+    padding: str,
+) -> None:
+    """Raise where no backend could run."""
+    common.check_nhwc("x", x)
+    common.check_padding(padding)
+    common.check_stride(stride)
+    if (w1 is None) != (norms[0] is None):
+        raise ValueError("expand_weight, expand_norm: expected both or neither, got one of them")
+    c_in, c_mid, c_out = x.shape[1], wd.shape[0], w2.shape[0]
+    shapes = {"depthwise_weight": (wd, (c_mid, 1, *wd.shape[2:])), "project_weight": (w2, (c_out, c_mid, 1, 1))}
+    if w1 is not None:
+        shapes["expand_weight"] = (w1, (c_mid, c_in, 1, 1))
+    elif c_mid != c_in:
+        raise ValueError(f"depthwise_weight: expected x's {c_in} channels where nothing expands, got {c_mid}")
+    for name, (weight, shape) in shapes.items():
+        if not weight.is_floating_point() or (weight.dtype != x.dtype and common.autocast_dtype(x) is None):
+            raise TypeError(f"{name}: expected x's type {x.dtype} (or autocast), got {weight.dtype}")
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"{name}: expected {list(shape)} beside x {tuple(x.shape)}, got {tuple(weight.shape)}")
+        if weight.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {weight.device}")
+    common.check_residual(residual, stride, c_in, c_out)
+    N, _, H, W = x.shape
+    outputs = N * cdiv(H, stride) * cdiv(W, stride)
+    for name, norm, numbers in zip(
+        ("expand", "depthwise", "project"), norms, (N * H * W, outputs, outputs), strict=True
+    ):
+        if norm is not None and norm.batch_stats and not norm.group and numbers == 1:
+            raise ValueError(f"{name}_norm: expected more than one number a channel to take statistics of, got one")
