@@ -2,8 +2,10 @@
 
 Each row is one launch as its launcher would make it, on tensors of the meta device. Its bytes, instructions, products
 and passes through shared memory, over what one representative device a capability can do, bound the time; nothing is
-timed. Depthwise grids are those of an H100's 132 processors on every capability, and every walk of a loop is counted at
-full length. Which launches: ``bench/cases.py``.
+timed. Grids of the depthwise convolution and of the passes of training are those of an H100's 132 processors on
+every capability, and every walk of a loop is counted at full length. Of a pass with a loop in a loop both are
+multiplied by their trips; programs that return at once, as no channel is flagged, count as none. Which launches:
+``bench/cases.py``.
 
 What blocks at inference are made of on sm_90 is written down beside their tiles too, in ``kernels/tiles.json``; a run
 fails where it has changed.
@@ -34,7 +36,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tqdm import tqdm
 
 from bench import sass, tile_record
-from bench.cases import BATCH, WORK, Case, Work, blocks_of_network, every, sample
+from bench.cases import BATCH, TRAINING, WORK, Case, Work, blocks_of_network, every, sample, training_of_network
 from bench.sass import Facts
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 RECORD = Path(__file__).resolve().parent / "results" / "aot.json"
 SAVE_SECONDS = 10
 NOTE = "Bounds from counted bytes and instructions, not timings: no kernel was run."
-TILE = ("BLOCK_", "COLUMNS", "TILE_")  # how the compile-time sizes begin that the tile gives
+TILE = ("BLOCK_", "COLUMNS", "WIDE", "TILE_")  # how the compile-time sizes begin that the tile gives
 COLUMNS = {  # of the table: how each shows a report
     "kernel": "{kernel}",
     "shape": "{shape}",
@@ -118,7 +120,7 @@ def plan(cases: Iterable[Case]) -> list[Row]:
 def bounds(row: Row, facts: Facts) -> Bounds:
     """Bounds of the row's launch, in seconds."""
     programs = math.prod(row.work.launch.grid)
-    return sass.bounds(row.case.cap, facts, programs, row.work.compiled_trips(facts), row.work.touched)
+    return sass.bounds(row.case.cap, row.work.run_through(facts), programs, 1, row.work.touched)
 
 
 def blocks_bounds(rows: Iterable[Row], compiled: Mapping[str, Facts]) -> dict[int, dict[str, float]]:
@@ -144,11 +146,44 @@ def blocks_bounds(rows: Iterable[Row], compiled: Mapping[str, Facts]) -> dict[in
     return found
 
 
+def training_bounds(rows: Iterable[Row], compiled: Mapping[str, Facts]) -> dict[int, dict[str, float]]:
+    """Bounds of the 17 blocks of alpha 1.0 at 224 in training, finalisers included, as ``blocks_bounds``.
+
+    ``issue`` and ``hbm`` are the sums of those bounds and ``ours`` that of each launch's largest; ``compiled`` is the
+    traffic of the blocks as torch.compile would run them, over the device's bandwidth.
+    """
+    from bench.executions import compiled as by_inductor
+    from bench.executions import rows_of, totals
+    from kernels import roofline
+    from mnv2.model import layer_shapes
+
+    there = {row.case: row for row in rows if "error" not in compiled.get(row.key, {"error": ""})}
+    found = {}
+    for cap in sorted({case.cap for case in there if case.kernel == "B2"}):
+        passes = training_of_network(cap)
+        if not set(passes) <= there.keys():
+            continue
+        limits = [bounds(there[case], compiled[there[case].key]) for case in passes]
+        traffic = totals(rows_of(by_inductor, layer_shapes(1.0, 224), BATCH, True), BATCH)["blocks"] * 1e6
+        seconds = {
+            "issue": math.fsum(limit.issue for limit in limits) / BATCH,
+            "hbm": math.fsum(limit.hbm for limit in limits) / BATCH,
+            "ours": math.fsum(map(max, limits)) / BATCH,
+            "compiled": traffic / roofline.DEVICES[cap].bandwidth,
+        }
+        found[cap] = {name: round(value * 1e6, 3) for name, value in seconds.items()}
+    return found
+
+
 def report(row: Row, facts: Facts) -> Facts:
     """The row as the table and the record have it: facts, occupancy and bounds; times in microseconds an image."""
     case, work = row.case, row.work
     programs = math.prod(work.launch.grid)
-    inner = programs * facts["warps"] * (facts["loop"] * work.compiled_trips(facts) or facts["instructions"])
+    if case.kernel in TRAINING:
+        a_warp = work.run_through(facts)["instructions"]
+    else:
+        a_warp = facts["loop"] * work.compiled_trips(facts) or facts["instructions"]
+    issued = programs * facts["warps"] * a_warp
     limits = bounds(row, facts)
     blocks = {name: size for name, size in work.launch.arguments.items() if name.startswith(TILE)}
     return {
@@ -158,14 +193,14 @@ def report(row: Row, facts: Facts) -> Facts:
         "width": case.side,
         "tile": {"num_warps": work.launch.num_warps, **blocks},
         "programs": programs,
-        "trips": work.compiled_trips(facts),
+        "trips": work.trips if work.walks else work.compiled_trips(facts),
         "registers": facts["registers"],
         "spill": facts["spill"],
         "declared_spill": work.launch.spill_bytes,
         "shared": facts["shared"],
         "occupancy": round(sass.occupancy(case.cap, facts["registers"], facts["shared"], facts["warps"]), 4),
         "tensor_core": facts["tensor_core"],
-        "instructions_an_element": round(32 * inner / work.elements, 2),
+        "instructions_an_element": round(32 * issued / work.elements, 2),
         **{f"{name}_us": round(seconds / BATCH * 1e6, 4) for name, seconds in limits._asdict().items()},
         "binds": limits.binds,
         "key": row.key,
@@ -185,6 +220,9 @@ def failures(rows: Iterable[Row], compiled: Mapping[str, Facts]) -> list[str]:
 def products(launch: Launch) -> int:
     """Products of matrices that a block's kernel unrolls, by which its compilation takes long; 0 for other kernels."""
     at = launch.arguments
+    if "WIDE" in at:  # a walk of training: about as many as columns, rows and pieces of what it multiplies
+        pieces = -(-at["C_IN"] // at["BLOCK_K"]) + -(-at.get("C_OUT", 0) // at.get("BLOCK_O", 1))
+        return at["COLUMNS"] * at["STRIDE"] ** 2 * at["UNROLL"] * pieces
     if "TILE_H" not in at:
         return 0
     halo = math.prod((at[tile] - 1) * at["STRIDE"] + 3 for tile in ("TILE_H", "TILE_W"))
@@ -233,6 +271,7 @@ def write_record(path: Path, command: str, rows: Iterable[Row], compiled: Mappin
     rows = list(rows)
     head = {"command": command, "note": NOTE, "versions": {name: version(name) for name in ("torch", "triton")}}
     head["blocks_bound_us"] = blocks_bounds(rows, compiled)
+    head["training_bound_us"] = training_bounds(rows, compiled)
     kernels = ",\n".join(f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in good.items())
     lines = ",\n".join(
         json.dumps(report(row, good[row.key])) for row in sorted(rows, key=lambda row: row.case) if row.key in good
@@ -245,7 +284,10 @@ def table(reports: Sequence[Facts]) -> str:
     """The reports in columns, grouped by capability."""
     from kernels import roofline
 
-    lines = [NOTE, f"us: microseconds an image at batch {BATCH}; ins/el: instructions of the loop an element"]
+    lines = [
+        NOTE,
+        f"us: microseconds an image at batch {BATCH}; ins/el: instructions of the loop (training: all) an element",
+    ]
     for cap, device in roofline.DEVICES.items():
         here = [{**report, "tile": _tile(report["tile"])} for report in reports if report["cap"] == cap]
         if not here:
@@ -308,12 +350,21 @@ def run(args: argparse.Namespace, command: str) -> int:
         save()
         tile_record.write(tiles.RECORD, command, wanted, compiled)
     print(table([report(row, compiled[row.key]) for row in rows if "error" not in compiled[row.key]]), end="\n\n")
-    notes = {row.case.name: sass.remarks(compiled[row.key], known=row.work.macs > 0) for row in rows}
+    notes = {
+        row.case.name: sass.remarks(compiled[row.key], known=row.work.macs > 0, nested=row.work.walks > 0)
+        for row in rows
+    }
     print(*(f"{name}: {note}\n" for name, found in notes.items() for note in found), sep="", end="")
     for cap, bound in blocks_bounds(rows, compiled).items():
         print(
             f"sm_{cap}: 17 blocks of alpha 1.0 at 224 take at least {bound['ours']:.2f} us an image on "
             f"{roofline.DEVICES[cap].name}, {bound['separate']:.2f} as perfect separate convolutions by bytes alone"
+        )
+    for cap, bound in training_bounds(rows, compiled).items():
+        print(
+            f"sm_{cap}: training: 17 blocks take at least {bound['issue']:.2f} us an image by issue, "
+            f"{bound['hbm']:.2f} by HBM, {bound['ours']:.2f} by each launch's largest bound, beside "
+            f"{bound['compiled']:.2f} of compiled execution's traffic"
         )
     wrong = failures(rows, compiled) + tile_record.changes(tiles.RECORD, rows, compiled)
     spilling = sum(compiled[row.key].get("spill", 0) > 0 for row in rows)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 BATCH = 256
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+TENSOR_MEMORY = 100  # the capability whose products go through a memory of their own
 WHOLE = (80, 90)  # capabilities for which --all compiles the shapes of every variant
 ALPHAS, RESIZES = (1.0, 0.35), (224, 96)  # those of the other capabilities
 ODD = (7, 14, 1)  # channels that no vector of four holds: the shape of no variant
@@ -58,7 +59,8 @@ class Work(NamedTuple):
     """What a case launches: elements of the operation's large tensor, iterations of each program's loop, bytes.
 
     ``tile`` is a block's or a head's. ``macs`` are a program's multiply-adds in products of matrices, where the
-    compiler unrolls a loop over them as it likes.
+    compiler unrolls a loop over them as it likes. ``walks`` are the trips of a loop around the one of ``trips``, 0
+    where there is none.
     """
 
     launch: Any
@@ -67,6 +69,7 @@ class Work(NamedTuple):
     touched: int
     tile: Any = None
     macs: int = 0
+    walks: int = 0
 
     def compiled_trips(self, facts: Mapping[str, Any]) -> int:
         """Times that a program runs the loop as it was compiled: by ``macs``, where they are given."""
@@ -75,6 +78,33 @@ class Work(NamedTuple):
         if not facts["loop_macs"]:  # a loop that has been unrolled whole, or products that can't be read: at least once
             return 1
         return 1 + round((self.macs / facts["warps"] - facts["macs"]) / facts["loop_macs"])
+
+    def run_through(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """``facts`` with what a warp does in all trips of its loops, and no loop; nothing where there are no trips."""
+        inner, outer = ("inner", "outer") if self.walks else ("loop", "none")
+        around = facts.get(outer, 0) > 0
+        trips = self._trips_of_nest(facts, around) if self.walks else self.compiled_trips(facts)
+        found = dict(facts)
+        for name, suffix in (("instructions", ""), ("macs", "_macs"), ("wavefronts", "_wavefronts")):
+            once, body = facts[name], facts.get(inner + suffix, 0)
+            if around:
+                walk = facts[outer + suffix] + body * (trips - 1)
+                total = once - facts[outer + suffix] + self.walks * walk
+            else:
+                total = once + body * (trips - 1)
+            found[name] = total if self.trips else 0
+            found["loop" + suffix] = 0
+        return found
+
+    def _trips_of_nest(self, facts: Mapping[str, Any], around: bool) -> int:
+        """Trips of the inner loop in one of the loop around it; in all, where the compiler has left but one loop."""
+        if not self.macs:
+            return self.trips if around else self.trips * self.walks
+        if not facts.get("inner_macs"):  # not readable; with one loop, that around a loop that is unrolled whole
+            return self.trips if around else self.walks
+        macs = self.macs // facts["warps"]
+        rest = facts["outer_macs"] * self.walks if around else facts["macs"]
+        return 1 + round((macs - rest) / (facts["inner_macs"] * (self.walks if around else 1)))
 
 
 def _like(case: Case) -> Any:
@@ -178,6 +208,75 @@ def _head(case: Case) -> Work:
     return Work(launch, elements, launch.trips, touched, tiles.head_tile(case.side**2), _macs(launch))
 
 
+@functools.lru_cache(maxsize=1024)
+def _training_calls(case: Case) -> dict[str, Any]:
+    """Passes of the case's block in training by name, on an H100's grid."""
+    import torch
+
+    from bench.training import passes_of
+    from kernels import common
+
+    limits = common.limits(torch.device("cpu"))._replace(tensor_memory=case.cap == TENSOR_MEMORY)
+    with common.planned_for(limits):
+        forward, backward = passes_of(_block(case), BATCH, _like(case), case.padding)
+    return {call.name: call for call in (*forward, *backward)}
+
+
+def _training(case: Case) -> Work:
+    """A pass of the case's block; the elements are those of its largest tensor, of B2 those of E."""
+    from torch import Tensor
+
+    launch, touched = _pass(case)
+    at = launch.arguments
+    numbers = max(value.numel() for value in at.values() if isinstance(value, Tensor))
+    elements = BATCH * case.side**2 * case.C if case.kernel == "B2" else numbers
+    trips, macs, walks = launch.trips, 0, 0
+    if case.kernel == "B2":
+        walks = at["BLOCKS"]
+        trips //= walks
+    elif case.kernel == "P3":
+        walks = at["TILES"]
+        pieces = -(-at["C_OUT"] // at["BLOCK_O"])
+        macs = at["BLOCK_M"] * at["BLOCK_O"] * pieces * at["BLOCK_K"] * trips * walks
+    elif case.kernel == "P1":
+        trips = at["ROWS"] // at["BLOCK_M"]
+    elif case.kernel in ("P1 direct", "BN1 flagged"):
+        trips = 0  # nothing is flagged, so programs return at once
+    elif "BLOCK_P" in at:
+        trips = -(-at["P"] // at["BLOCK_P"])
+    elif case.kernel == "BN1":
+        trips = -(-at["c_in"] // at["UNROLL"])
+    elif case.kernel == "B3" and at["matrix_ptr"] is not None:
+        # Two loops of the same products, over c_in and over c_mid, of which c_mid's is longer: counted by products.
+        steps = -(-at["C_IN"] // at["BLOCK_K"]) + -(-at["C_MID"] // at["BLOCK_K"])
+        macs = at["BLOCK_M"] * at["BLOCK_N"] * at["BLOCK_K"] * steps
+    return Work(launch, elements, trips, touched, macs=macs, walks=walks)
+
+
+def _pass(case: Case) -> tuple[Any, int]:
+    """Launch and bytes of a pass."""
+    call = _training_calls(_shared(case))[case.kernel]
+    return call.launch, call.formula.touched
+
+
+def _shared(case: Case) -> Case:
+    """What a case's passes depend on: no kernel, and of capabilities whether they have tensor memory."""
+    return replace(case, cap=TENSOR_MEMORY if case.cap == TENSOR_MEMORY else 0, kernel="")
+
+
+def training_passes(layer: Any, cap: int, dtype: str = "fp16", padding: str = "symmetric") -> list[Case]:
+    """A case for each pass of a block in training, in order."""
+    case = Case(cap, "", layer.c_mid, layer.height, layer.stride, dtype, padding, layer.c_in, layer.c_out)
+    return [replace(case, kernel=name) for name in _training_calls(_shared(case))]
+
+
+TRAINING = (
+    *("P1", "P1 merge", "BN1", "P1 direct", "BN1 flagged", "P2", "BN2", "P3", "BN3", "P4"),
+    *("B0 sums", "BN3 grads", "B0 dP", "B1", "BN2 grads", "dW2", "W1 scaled", "W2 scaled", "B2", "dWd"),
+    *("S", "S sum", "dbeta1", "dW1", "M, v", "B3"),
+)
+WALKS = ("P2", "B2")
+HEAVY = (*WALKS, "P3", "B1")  # passes over tensors of c_mid channels that multiply
 WORK: dict[str, Callable[[Case], Work]] = {
     "depthwise_fwd": _depthwise_fwd,
     "depthwise_bwd": _depthwise_bwd,
@@ -187,6 +286,7 @@ WORK: dict[str, Callable[[Case], Work]] = {
     "block": _block_launch,
     "block_project": functools.partial(_block_launch, index=1),
     "head": _head,
+    **dict.fromkeys(TRAINING, _training),
 }
 PASSES = ("depthwise_fwd", "depthwise_bwd", "sum_partials")  # what a step of training launches for a block
 DEPTHWISE = ("depthwise_fwd", "depthwise_bwd", "depthwise_dx", "depthwise_dw", "sum_partials")
@@ -211,7 +311,7 @@ def sample(caps: Iterable[int]) -> list[Case]:
 
     Alpha 1.0 at 224 whole on sm_90. On each capability every kernel at both strides, and every tile with most registers
     in use: both gradients, in bf16, and channels that fill no vector. Types, "same" padding and single gradients on
-    sm_90, which stands for all in these. Of the blocks at inference, see ``_sample_of_blocks``.
+    sm_90, which stands for all in these. Of the blocks see ``_sample_of_blocks`` and ``_sample_of_training``.
     """
     shapes = _shapes([(1.0, 224)])
     by_stride = [[shape for shape in shapes if shape[2] == stride] for stride in (1, 2)]
@@ -219,7 +319,7 @@ def sample(caps: Iterable[int]) -> list[Case]:
     cases = []
     for cap in caps:
         cases += [Case(cap, "depthwise_bwd", *shape, "bf16") for shape in (*EACH_TILE, ODD)]
-        cases += _sample_of_blocks(cap)
+        cases += _sample_of_blocks(cap) + _sample_of_training(cap)
         if cap != 90:
             cases += [Case(cap, kernel, *shape) for shape in largest for kernel in DEPTHWISE]
             continue
@@ -289,12 +389,54 @@ def _every_block(cap: int) -> list[Case]:
     return cases + _heads(cap, [*whole, *smaller])
 
 
+def _sample_of_training(cap: int) -> list[Case]:
+    """Passes of blocks of alpha 1.0 at 224 in training, as few as they take seconds each.
+
+    On sm_90 the heavy ones of a block without an expansion, of one at stride 2, and of a narrow, a broad and the
+    broadest residual one, and of the narrow and broad ones all: as T is made of the one, and dZ1 stored of the other.
+    The narrow one is compiled in other types too, and that at stride 2 in "same" padding. The other capabilities have
+    the walks of the narrow or the broad one, sm_100 that of the broadest too, which takes most of its tensor memory.
+    """
+    blocks = _distinct([(1.0, 224)], "block")
+    narrow, broad, broadest = (next(b for b in blocks if b.residual and b.c_out == c_out) for c_out in (24, 64, 160))
+    unexpanded, shrinks = blocks[0], next(b for b in blocks if b.stride == 2)
+
+    def some(layer: Any, kernels: Iterable[str], dtype: str = "fp16", padding: str = "symmetric") -> list[Case]:
+        return [case for case in training_passes(layer, cap, dtype, padding) if case.kernel in kernels]
+
+    if cap != 90:
+        walks = some(broad if cap in (86, 120) else narrow, WALKS)
+        return walks + some(broadest, ("B2",)) if cap == 100 else walks
+    cases = [*some(narrow, TRAINING), *some(broad, (*HEAVY, "S", "M, v", "B3"))]
+    cases += [case for layer in (unexpanded, shrinks, broadest) for case in some(layer, HEAVY)]
+    return cases + some(narrow, WALKS, "bf16") + some(narrow, WALKS, "fp32") + some(shrinks, WALKS, padding="same")
+
+
+def _every_training(cap: int) -> list[Case]:
+    """All passes of blocks in training at 224: of all widths on sm_90, where alpha 1.0 is in fp32 (TF32) too."""
+    from mnv2.model import VARIANTS
+
+    whole = [(alpha, 224) for alpha in VARIANTS] if cap == 90 else [(1.0, 224)]
+    cases = [case for layer in _distinct(whole, "block") for case in training_passes(layer, cap)]
+    if cap == 90:
+        cases += [case for b in _distinct([(1.0, 224)], "block") for case in training_passes(b, cap, "fp32")]
+    return cases
+
+
 def blocks_of_network(cap: int) -> list[Case]:
     """Launches of the 17 blocks of alpha 1.0 at 224 with the tiles for full grids, in order."""
     from mnv2.model import layer_shapes
 
     blocks = [layer for layer in layer_shapes(1.0, 224) if layer.kind == "block"]
     return [case for block in blocks for case in _launches(cap, block, FIRST)]
+
+
+def training_of_network(cap: int) -> list[Case]:
+    """Passes of the 17 blocks of alpha 1.0 at 224 in training, in order of the blocks."""
+    from mnv2.model import layer_shapes
+
+    blocks = [layer for layer in layer_shapes(1.0, 224) if layer.kind == "block"]
+    return [case for block in blocks for case in training_passes(block, cap)]
 
 
 def every(caps: Iterable[int]) -> list[Case]:
@@ -306,5 +448,5 @@ def every(caps: Iterable[int]) -> list[Case]:
     corners = [(alpha, resize) for alpha in ALPHAS for resize in RESIZES]
     shapes = {cap: _shapes(variants if cap in WHOLE else corners) for cap in caps}
     cases = [Case(cap, kernel, *shape) for cap in caps for shape in shapes[cap] for kernel in PASSES]
-    blocks = [case for cap in caps for case in _every_block(cap)]
+    blocks = [case for cap in caps for case in (*_every_block(cap), *_every_training(cap))]
     return sorted({*cases, *blocks, *sample(caps)})

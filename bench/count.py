@@ -48,7 +48,7 @@ class _Span:
     def touch(self, addresses: np.ndarray, width: int, reads: bool, writes: bool) -> None:
         touched = (addresses - self.start)[:, None] + np.arange(width)
         if reads:
-            self.read[touched] = True
+            self.read[touched] |= ~self.written[touched]  # what the launch has written is in the caches
             self.loaded += touched.size
         if writes:
             self.written[touched] = True
@@ -133,15 +133,16 @@ class Call(NamedTuple):
     formula: Traffic
 
 
+def differs(call: Call) -> bool:
+    """Run ``call``, print counted beside formula, and say whether they differ."""
+    counter = count(call.launch)
+    pairs = zip(asdict(counter.total).items(), astuple(call.formula), strict=True)
+    figures = ", ".join(f"{kind} {counted} / {wanted}" for (kind, counted), wanted in pairs)
+    equal = counter.total == call.formula and not counter.outside
+    print(f"{call.name}: {figures}, outside {counter.outside}{'' if equal else '  DIFFERS'}", flush=True)
+    return not equal
+
+
 def differing(calls: Iterable[Call]) -> list[str]:
-    """Run ``calls`` in order, print counted beside formula, and return the names of those where they differ."""
-    names = []
-    for name, launch, formula in calls:
-        counter = count(launch)
-        pairs = zip(asdict(counter.total).items(), astuple(formula), strict=True)
-        figures = ", ".join(f"{kind} {counted} / {wanted}" for (kind, counted), wanted in pairs)
-        equal = counter.total == formula and not counter.outside
-        print(f"{name}: {figures}, outside {counter.outside}{'' if equal else '  DIFFERS'}", flush=True)
-        if not equal:
-            names.append(name)
-    return names
+    """Names of those of ``calls``, run in order, whose formula and count differ."""
+    return [call.name for call in calls if differs(call)]

@@ -6,9 +6,11 @@ which all is divided: so are weights. Executions:
 
 ours         Inference: the folded network. The stem is torch's convolution, whose ReLU6 the first block applies as it
              reads; each block is the launches of `kernels.block_inference`, one or two with B between them, and the
-             head with its mean one of `kernels.head_inference`. Training: eager, but the depthwise convolution is
-             `kernels.depthwise`: its forward, and both gradients in one pass with the sum of its partials. Bytes are
-             those of the formulas beside the launchers; tiles and the partials' number are those for an H100.
+             head with its mean one of `kernels.head_inference`. Training: each block is the passes of
+             `kernels.inverted_residual_passes`, finalisers included, with D and P saved; stem and head are eager.
+             Bytes are those of the formulas beside the launchers; tiles and the partials' number are those for an H100.
+depthwise    (training) eager, but the depthwise convolution is `kernels.depthwise`: its forward, and both gradients in
+             one pass with the sum of its partials.
 eager        a kernel for each op under AMP in channels_last. In training BatchNorm reads its tensors twice, for the
              statistics and to normalise (x, and in the backward x and dy), and the in-place ReLU6 first clones its
              input, which its gradient needs. Convolutions have one kernel for each gradient.
@@ -47,6 +49,7 @@ from mnv2.model import LayerShape
 
 from .blocks import Block, block_tensors, head_tensors
 from .count import Call
+from .training import passes_of
 
 MB = 1e6
 HALF = torch.float16.itemsize
@@ -178,7 +181,7 @@ def inference_calls(
         tensors = head_tensors(layer.c_in, layer.c_out, layer.height, batch, like)
         launch = head_inference.conv_relu6_mean_launch(*tensors)
         return [Call("head", launch, head_inference.conv_relu6_mean_bytes(*tensors))]
-    block = Block(layer.c_in, layer.c_mid, layer.c_out, layer.height, layer.stride)
+    block = block_of(layer)
     x, packed, y = block_tensors(block, batch, like)
     planned, _, _ = block_tensors(block, tile_batch or batch, like.to(META))
     tile = chosen_tile(planned, packed, block.stride)
@@ -228,15 +231,28 @@ def eager(
 
 
 def ours(layer: LayerShape, batch: int, training: bool) -> Passes:
-    """This version: the folded network at inference; in training every layer as eager, with our depthwise kernels."""
+    """This version: the folded network at inference; in training our blocks between an eager stem and head."""
     if training:
-        return eager(layer, batch, training, convolution=our_convolution)
+        return trained(layer, batch) if layer.kind == "block" else eager(layer, batch, training)
     there = units(layer, batch)
     if layer.kind == "stem":
         return Passes(torch_convolution(there[0]).forward, [])
     first, last = there[0], there[-1]
     shape = f"{layer.c_in}x{first.side}x{first.side} -> {layer.c_out}x{last.side_out}x{last.side_out}"
     return Passes([our_row(layer, call.name, shape, call) for call in inference_calls(layer, batch, META)], [])
+
+
+def block_of(layer: LayerShape) -> Block:
+    """Shape of a block of the network."""
+    return Block(layer.c_in, layer.c_mid, layer.c_out, layer.height, layer.stride)
+
+
+def trained(layer: LayerShape, batch: int) -> Passes:
+    """The passes of a block in training."""
+    shape = f"{layer.c_in}x{layer.height}x{layer.width} -> {layer.c_out}x{layer.height_out}x{layer.width_out}"
+    like = torch.empty(0, dtype=torch.float16, device=META)
+    passes = passes_of(block_of(layer), batch, like)
+    return Passes(*([our_row(layer, call.name, shape, call) for call in calls] for calls in passes))
 
 
 def compiled(layer: LayerShape, batch: int, training: bool) -> Passes:
@@ -317,9 +333,19 @@ def totals(rows: Sequence[Row], batch: int) -> dict[str, float]:
     }
 
 
+def totals_of_passes(rows: Sequence[Row], batch: int) -> dict[str, float]:
+    """MB an image of each pass of our kernels in all blocks, in the order in which they first run."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if row.kind == "block" and row.by == "triton":
+            found[row.op] = found.get(row.op, 0.0) + (row.read + row.written) / batch / MB
+    return found
+
+
 def executions(training: bool) -> dict[str, Execution]:
     """What stands beside ours, from the least to the most."""
     beside: dict[str, Execution] = {"compulsory": compulsory, "epilogue": epilogue, "compiled": compiled}
     if training:
         beside["eager_least"] = partial(eager, norm_reads=1, clones=False)
+        beside["depthwise"] = partial(eager, convolution=our_convolution)
     return {**beside, "eager": eager}

@@ -223,6 +223,16 @@ def main_loop(instructions: Sequence[Instruction], loops: Sequence[frozenset[int
     return [instructions[i] for i in sorted(max(loops, key=rank, default=frozenset()))]
 
 
+def nest(instructions: Sequence[Instruction], loops: Sequence[frozenset[int]]) -> tuple[frozenset[int], frozenset[int]]:
+    """The innermost loop that does most, by products and then by length, and the loop around it, each perhaps empty."""
+
+    def rank(loop: frozenset[int]) -> tuple[int, int]:
+        return sum(bool(_TENSOR_CORE.match(instructions[i].opcode)) for i in loop), len(loop)
+
+    inner = max((a for a in loops if not any(b < a for b in loops)), key=rank, default=frozenset())
+    return inner, min((loop for loop in loops if inner < loop), key=len, default=frozenset())
+
+
 def _registers_of_warp(registers: int) -> int:
     return -(-registers * 32 // 256) * 256  # allocated 256 at a time
 
@@ -257,14 +267,18 @@ def problems(cap: int, facts: Facts, declared_spill: int, grid: Sequence[int]) -
     return found
 
 
-def remarks(facts: Facts, *, known: bool = False) -> list[str]:
-    """What may make a bound wrong; ``known`` says that the products of a program are, from which its trips follow."""
+def remarks(facts: Facts, *, known: bool = False, nested: bool = False) -> list[str]:
+    """What may make a bound wrong; ``known`` says that the products of a program are, from which its trips follow.
+
+    ``nested`` says that the loop around the one that does most is counted too.
+    """
     notes = []
     unrolled = facts.get("copied") and facts.get("loops")  # a loop that is unrolled whole is counted as it is
     if unrolled and not (known and facts["loop_macs"]):
         notes.append("the assembler has copied loads or stores, so its loop may stand for several trips")
-    if facts.get("loops", 0) > 1:
-        notes.append(f"{facts['loops']} loops, of which one alone is multiplied by its trips")
+    if facts.get("loops", 0) > (2 if nested else 1):
+        counted = "two alone are multiplied by their trips" if nested else "one alone is multiplied by its trips"
+        notes.append(f"{facts['loops']} loops, of which {counted}")
     if "UTC" in facts.get("tensor_core", ""):
         notes.append(f"multiply-adds of {facts['tensor_core']} can't be read: none are counted, and the loop once")
     return notes
@@ -289,6 +303,7 @@ def examine(compiled: Any, cap: int) -> Facts:
 
     ``instructions`` are all that can run and ``loop`` those of the ``main_loop``, ``loops`` how many loops there are;
     ``macs`` and ``wavefronts`` are a warp's in all of them and ``loop_macs`` and ``loop_wavefronts`` in the loop's.
+    ``inner`` and ``outer``, with ``_macs`` and ``_wavefronts`` too, are of the loops that ``nest`` finds.
     ``copied`` are the global loads and stores that the assembler has added to those of the PTX: it copies them when it
     unrolls a loop, whose ``loop`` then stands for several trips.
     """
@@ -317,8 +332,19 @@ def examine(compiled: Any, cap: int) -> Facts:
         "loop_wavefronts": sum(map(wavefronts, body)),
         "loop_macs": sum(map(multiply_adds, body)),
         "loops": len(loops),
+        **_of_nest(everything, loops),
         "copied": max(0, moves - len(_MEMORY_PTX.findall(compiled.asm["ptx"]))),
     }
+
+
+def _of_nest(instructions: Sequence[Instruction], loops: Sequence[frozenset[int]]) -> Facts:
+    """What the innermost loop and the one around it hold, the inner included."""
+    found = {}
+    for name, loop in zip(("inner", "outer"), nest(instructions, loops), strict=True):
+        body = [instructions[i].opcode for i in loop]
+        found |= {name: len(body), f"{name}_wavefronts": sum(map(wavefronts, body))}
+        found[f"{name}_macs"] = sum(map(multiply_adds, body))
+    return found
 
 
 class Source(NamedTuple):

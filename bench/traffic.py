@@ -5,12 +5,14 @@
 
 Beside ours stand the other executions of ``bench/executions.py``, which says what each of them is charged for.
 
-``--variants`` adds the totals of all published variants, and ``--count`` checks the formulas: it runs our kernels in
-Triton's interpreter and counts what they touch.
+In training each block of ours is a row for each pass, and the sum of every pass over the blocks follows. ``--variants``
+adds the totals of all published variants, and ``--count`` checks the formulas: it runs our kernels in Triton's
+interpreter and counts what they touch.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -27,10 +29,23 @@ from mnv2.config import InputError, RunError, exit_status, option, parse
 from mnv2.logs import versions
 from mnv2.model import VARIANTS, LayerShape, check_alpha, layer_shapes
 
-from .count import Call, differing
-from .executions import MB, depthwise_calls, executions, inference_calls, ours, rows_of, totals, units
+from .count import Call, differing, differs
+from .executions import (
+    MB,
+    block_of,
+    depthwise_calls,
+    executions,
+    inference_calls,
+    ours,
+    rows_of,
+    totals,
+    totals_of_passes,
+    units,
+)
+from .training import passes_of
 
-COUNTED_SIDE = 96  # of the picture at most: the interpreter takes a minute or two, and sides are even and odd
+# Of the picture at most: the interpreter takes minutes, and sides are even and odd.
+COUNTED_SIDE = {"inference": 96, "training": 56}
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,8 @@ def report(config: TrafficConfig) -> dict[str, Any]:
         "rows": [{**asdict(row), "mb_per_image": (row.read + row.written) / config.batch / MB} for row in rows],
         "beside": beside(config, layers),
     }
+    if config.training:
+        figures["passes_mb_per_image"] = totals_of_passes(rows, config.batch)
     if config.variants:
         figures["variants"] = [variant(config, alpha, resize) for alpha, sides in VARIANTS.items() for resize in sides]
     return figures
@@ -104,6 +121,9 @@ def table(figures: dict[str, Any]) -> Iterator[str]:
         read, written, requested = ("" if size is None else f"{size / figures['batch'] / MB:.4f}" for size in sizes)
         where = (row[name] for name in ("block", "op", "by", "shape"))
         yield columns.format(*where, read, written, requested, f"{row['mb_per_image']:.4f}")
+    if passes := figures.get("passes_mb_per_image"):
+        yield "\npasses of all blocks: MB an image"
+        yield from (f"{name:12} {megabytes:8.4f}" for name, megabytes in passes.items())
     yield "\n{mode}, alpha {alpha}, {resize} px, batch {batch}, {dtype}: MB an image".format(**figures)
     yield f"{'':12} {'blocks':>8} {'network':>8}"
     mine = {"blocks": figures["blocks_mb_per_image"], "network": figures["network_mb_per_image"]}
@@ -125,7 +145,10 @@ def variants_table(variants: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def our_calls(config: TrafficConfig, side: int) -> Iterator[Call]:
-    """Launches of ours for one picture of ``side``, those of a shape once; at inference with the batch's tiles."""
+    """Launches for one picture of ``side`` that need no other's result, those of a shape once.
+
+    At inference these are ours, with the batch's tiles; in training the depthwise convolution's.
+    """
     seen, cpu = set(), torch.device("cpu")
     for layer in layer_shapes(config.alpha, side):
         if config.training:
@@ -134,20 +157,45 @@ def our_calls(config: TrafficConfig, side: int) -> Iterator[Call]:
                 (f"{unit.op} {call.name} {unit.shape}", call) for unit in there for call in depthwise_calls(unit, cpu)
             ]
         elif layer.kind in ("block", "head"):
-            shape = f"{layer.c_in}-{layer.c_mid}-{layer.c_out}x{layer.height}x{layer.width}/{layer.stride}"
             there = inference_calls(layer, 1, cpu, tile_batch=config.batch)
-            calls = [(f"{call.name} {shape}", call) for call in there]
+            calls = [(f"{call.name} {shape_of(layer)}", call) for call in there]
         else:
             continue
         yield from (call._replace(name=f"{layer.name} {what}") for what, call in calls if what not in seen)
         seen |= {what for what, _ in calls}
 
 
+def shape_of(layer: LayerShape) -> str:
+    """Channels, pixels and stride of a block or the head."""
+    return f"{layer.c_in}-{layer.c_mid}-{layer.c_out}x{layer.height}x{layer.width}/{layer.stride}"
+
+
+def differing_passes(config: TrafficConfig, side: int) -> list[str]:
+    """Run the blocks of a shape once in training on a picture of ``side``; names of passes whose formulas are wrong."""
+    wrong, like = [], torch.empty(0, dtype=torch.float16)
+    blocks: dict[str, LayerShape] = {}
+    for layer in layer_shapes(config.alpha, side):
+        if layer.kind == "block":
+            blocks.setdefault(shape_of(layer), layer)
+
+    def check_pass(call: Call, where: str) -> None:
+        if differs(named := call._replace(name=f"{where} {call.name}")):
+            wrong.append(named.name)
+
+    for shape, layer in blocks.items():
+        where = f"{layer.name} {shape}"
+        passes_of(block_of(layer), 1, like, visit=functools.partial(check_pass, where=where))
+    return wrong
+
+
 def check(config: TrafficConfig) -> None:
     """Hold the formulas to what is counted; RunError names those that are wrong."""
-    side = min(config.resize, COUNTED_SIDE)
+    side = min(config.resize, COUNTED_SIDE[config.mode])
     print(f"\nbytes counted / by formula, batch 1, {side} px" + (" (capped)" if side < config.resize else ""))
-    if wrong := differing(our_calls(config, side)):
+    wrong = differing(our_calls(config, side))
+    if config.training:
+        wrong += differing_passes(config, side)
+    if wrong:
         raise RunError(f"formula and count differ: {'; '.join(wrong)}")
 
 

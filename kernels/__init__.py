@@ -11,13 +11,16 @@ from .head_inference import conv_relu6_mean
 from .inverted_residual import inverted_residual
 from .modules import DepthwiseConv2d, Replacement, replace_depthwise
 from .pack import PackedBlock, pack_inverted_residual
+from .sync_batch_norm import SyncBatchNorm2d, convert_sync_batchnorm
 
 __all__ = [
     "BatchNorm",
     "DepthwiseConv2d",
     "PackedBlock",
     "Replacement",
+    "SyncBatchNorm2d",
     "conv_relu6_mean",
+    "convert_sync_batchnorm",
     "depthwise_conv2d",
     "inverted_residual",
     "inverted_residual_inference",

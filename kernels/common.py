@@ -13,6 +13,7 @@ BLOCK_C, COLUMNS      sizes in capitals are chosen, not given; constexpr where t
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
@@ -83,10 +84,16 @@ def launched(launcher: Callable[..., Launch], *arguments: Any, **keywords: Any) 
     return launch
 
 
+def bytes_of(launcher: Callable[..., Launch]) -> Callable[..., Traffic]:
+    """The function of bytes that stands beside ``launcher`` and has its arguments."""
+    return getattr(sys.modules[launcher.__module__], launcher.__name__.removesuffix("_launch") + "_bytes")
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Bytes of one launch: ``read`` and ``written`` count each address once (what device memory must move if caches
-    are perfect within the launch), ``loaded`` and ``stored`` each request of each program (what L1 and L2 see).
+    are perfect within the launch; so what it reads of its own isn't read), ``loaded`` and ``stored`` each request of
+    each program (what L1 and L2 see).
     """
 
     read: int
@@ -118,33 +125,35 @@ def allocate_like(x: Tensor) -> Tensor:
 
 
 class Limits(NamedTuple):
-    """What a choice of tiles must know of a device: multiprocessors, and bytes of shared memory for a program."""
+    """What a choice of tiles must know of a device: multiprocessors, and a program's bytes of shared memory.
+
+    ``tensor_memory`` says that products go through a memory of 512 columns, which must hold all those of a program.
+    """
 
     processors: int
     shared: int
+    tensor_memory: bool = False
 
 
-_planned: torch.device | None = None
+_planned: torch.device | Limits | None = None
 
 
 @contextmanager
-def planned_for(device: torch.device) -> Iterator[None]:
-    """Inside, launches on meta tensors are what they would be on tensors of ``device``."""
+def planned_for(target: torch.device | Limits) -> Iterator[None]:
+    """Inside, launches on meta tensors are what they would be on a device, or on a GPU of these limits."""
     global _planned
-    before, _planned = _planned, device
+    before, _planned = _planned, target
     try:
         yield
     finally:
         _planned = before
 
 
-def _target(device: torch.device) -> torch.device:
-    return _planned if _planned is not None and device.type == "meta" else device
-
-
 def limits(device: torch.device) -> Limits:
     """Limits of ``device``; those of an H100 where it is no GPU, for reports made without one."""
-    return _limits(_target(device))
+    if device.type == "meta" and _planned is not None:
+        return _planned if isinstance(_planned, Limits) else _limits(_planned)
+    return _limits(device)
 
 
 @functools.cache
@@ -153,7 +162,8 @@ def _limits(device: torch.device) -> Limits:
         return Limits(132, 232448)
     properties = torch.cuda.get_device_properties(device)
     reserved = 1024  # the driver's, a block; without them one block may have all of a multiprocessor's
-    return Limits(properties.multi_processor_count, properties.shared_memory_per_multiprocessor - reserved)
+    shared = properties.shared_memory_per_multiprocessor - reserved
+    return Limits(properties.multi_processor_count, shared, tensor_memory=properties.major in (10, 11))
 
 
 @functools.cache
@@ -187,8 +197,8 @@ def tf32_allowed() -> bool:
 
 def dot_precision(x: Tensor) -> str:
     """How matrices in fp32 are multiplied: as torch's convolutions are. It means nothing to other types."""
-    on_gpu = _target(x.device).type == "cuda"
-    return "ieee" if x.dtype == torch.float32 and not (on_gpu and tf32_allowed()) else "tf32"
+    planned = x.device.type == "meta" and (isinstance(_planned, Limits) or getattr(_planned, "type", "") == "cuda")
+    return "ieee" if x.dtype == torch.float32 and not ((x.is_cuda or planned) and tf32_allowed()) else "tf32"
 
 
 def why_torch(backend: str, device: torch.device, unsupported: Callable[[], str | None], name: str = "") -> str | None:

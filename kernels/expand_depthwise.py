@@ -156,13 +156,16 @@ def _activation(
     CHECK_COLUMNS: tl.constexpr,
 ):
     """A / 6 of n columns, 0 outside the image; A itself without an expansion, where the weights are the identity."""
-    if not g.expands:
-        return load_exact(weights[0], ptrs, mask_e, columns & row, g.mask_e, CHECK)
-    e = product(weights, ptrs, columns & row, offs_k, g.c_in, g.block_k, g.block_e, n * g.block_s, CHECK, g.precision)
-    shift = tl.broadcast_to(shift * row.to(tl.float32), e.shape)
-    if CHECK_COLUMNS:
-        shift = shift * columns.to(tl.float32)[None, :]
-    return tl.minimum(tl.maximum(tl.fma(e, tl.broadcast_to(scale, e.shape), shift), 0.0), 1.0)
+    PIXELS: tl.constexpr = n * g.block_s
+    if g.expands:
+        a = product(weights, ptrs, columns & row, offs_k, g.c_in, g.block_k, g.block_e, PIXELS, CHECK, g.precision)
+        shift = tl.broadcast_to(shift * row.to(tl.float32), a.shape)
+        if CHECK_COLUMNS:
+            shift = shift * columns.to(tl.float32)[None, :]
+        a = tl.minimum(tl.maximum(tl.fma(a, tl.broadcast_to(scale, a.shape), shift), 0.0), 1.0)
+    else:
+        a = load_exact(weights[0], ptrs, mask_e, columns & row, g.mask_e, CHECK)
+    return a
 
 
 @triton.jit
@@ -394,7 +397,7 @@ def expand_depthwise_launch(
     """
     N, _, H, W = x.shape
     c_mid, H_out, W_out = d.shape[1:]
-    tile = (tile or tiles.expand_tile(c_mid, stride, W_out, w1 is not None)).fitted(H_out)
+    tile = (tile or tiles.expand_tile(c_mid, stride, W_out, x.element_size())).fitted(H_out)
     strips, blocks_e = N * cdiv(W_out, tile.COLUMNS), cdiv(c_mid, tile.BLOCK_E)
     groups = cdiv(strips, tile.BLOCK_S)
     ROWS = tiles.walk_rows(H_out, groups * blocks_e, tile, common.limits(x.device).processors)

@@ -226,13 +226,15 @@ def _row(
 def _activation(ptrs, inside, weights, scale, shift, eye, offs_k, mask_e, g: tl.constexpr, CHECK: tl.constexpr):
     """A / 6 of ``wide`` columns of X, 0 outside the image; A itself without an expansion."""
     PIXELS: tl.constexpr = g.wide * g.block_s
-    if not g.expands:
-        return load_exact(eye, ptrs, mask_e, inside, g.mask_e, CHECK)
-    e = product(weights, ptrs, inside, offs_k, g.c_in, g.block_k, g.block_e, PIXELS, CHECK, g.precision)
-    shift = tl.broadcast_to(shift, e.shape)
-    if CHECK:
-        shift = shift * inside.to(tl.float32)[None, :]
-    return tl.minimum(tl.maximum(tl.fma(e, tl.broadcast_to(scale, e.shape), shift), 0.0), 1.0)
+    if g.expands:
+        a = product(weights, ptrs, inside, offs_k, g.c_in, g.block_k, g.block_e, PIXELS, CHECK, g.precision)
+        shift = tl.broadcast_to(shift, a.shape)
+        if CHECK:
+            shift = shift * inside.to(tl.float32)[None, :]
+        a = tl.minimum(tl.maximum(tl.fma(a, tl.broadcast_to(scale, a.shape), shift), 0.0), 1.0)
+    else:
+        a = load_exact(eye, ptrs, mask_e, inside, g.mask_e, CHECK)
+    return a
 
 
 @triton.jit
@@ -511,11 +513,15 @@ def expand_depthwise_grads_launch(
     c_out, (c_mid, H_out, W_out) = dp.shape[1], d.shape[1:]
     expands = w1 is not None
     thin = expands and out.shape[1] == c_in
-    tile = (tile or tiles.expand_grad_tile(c_in, c_mid, stride, W_out, expands)).fitted(H_out)
+    limits = common.limits(x.device)
+    if tile is None:
+        sizes = (c_in, c_mid, c_out, stride, W_out, x.element_size())
+        tile = tiles.expand_grad_tile(*sizes, limits, expands=expands)
+    tile = tile.fitted(H_out)
     strips, blocks_e = N * cdiv(W_out, tile.COLUMNS), cdiv(c_mid, tile.BLOCK_E)
     side, each = (1, blocks_e) if thin else (blocks_e, 1)
     groups = cdiv(strips, tile.BLOCK_S)
-    ROWS = tiles.walk_rows(H_out, groups * side, tile, common.limits(x.device).processors)
+    ROWS = tiles.walk_rows(H_out, groups * side, tile, limits.processors)
     P = groups * cdiv(H_out, ROWS)
 
     def partials(rows: int) -> Tensor:
@@ -585,23 +591,13 @@ def expand_depthwise_grads_bytes(*arguments: Any, **keywords: Any) -> Traffic:
     weights = (at[name] for name in ("w1_ptr", "w1_scaled_ptr", "wd_ptr", "w2_ptr"))
     small = sum(weight.nbytes for weight in weights if weight is not None) + (4 + 2 * g.expands) * g.c_mid * 4
     partials = sum(at[name].nbytes for name in ("s_ptr", "beta_ptr", "taps_ptr") if at[name] is not None)
-    x_pixels = x.numel() // x.shape[1]
-    if not g.expands:
-        loaded += x.nbytes
-        out = at["dz_ptr"]
-        read, stored = x.nbytes, out.nbytes
-    else:
-        once = x_pixels * operand_bytes(g.c_in, g.block_k, size) * blocks_e
-        loaded += once
-        out = at["dz_ptr"] if at["t_ptr"] is None else at["t_ptr"]
-        read, stored = x.nbytes, out.nbytes
-        if at["t_ptr"] is not None:
-            loaded += once + out.nbytes * (blocks_e - 1)
-            stored *= blocks_e
-            read += out.nbytes if blocks_e > 1 else 0
+    thin = at["t_ptr"] is not None
+    out = at["t_ptr"] if thin else at["dz_ptr"]
+    once = x.nbytes if not g.expands else x[:, 0].numel() * operand_bytes(g.c_in, g.block_k, size) * blocks_e
+    loaded += 2 * once + out.nbytes * (blocks_e - 1) if thin else once  # T was written here: memory needn't be read
     return Traffic(
-        read + d.nbytes + dp.nbytes + small,
+        x.nbytes + d.nbytes + dp.nbytes + small,
         out.nbytes + partials,
         loaded + programs * small,
-        stored + partials,
+        out.nbytes * (blocks_e if thin else 1) + partials,
     )

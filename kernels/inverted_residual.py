@@ -215,8 +215,8 @@ def unsupported(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor) -> str | N
         return f"x: expected float16, bfloat16 or float32, got {dtype}"
     if problem := common.not_nhwc(x):
         return f"x: {problem}"
-    if x.shape[0] * x.shape[2] * x.shape[3] >= 2**31 or not x.shape[0]:
-        return f"x: expected pictures of fewer than 2^31 pixels in all, got shape {tuple(x.shape)}"
+    if x.shape[0] * x.shape[2] * x.shape[3] >= 2**31:
+        return f"x: expected fewer than 2^31 pixels, got shape {tuple(x.shape)}"
     for name, channels in (("x", x.shape[1]), ("project_weight", w2.shape[0])):
         if channels > MAX_CHANNELS:
             return f"{name}: expected at most {MAX_CHANNELS} channels, got {channels}"

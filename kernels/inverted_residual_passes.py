@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import common, expand_grads, moments, norm_passes, norms, ranks
-from .common import BatchNorm, Launch, cdiv, launched
+from .common import BatchNorm, Launch, Traffic, cdiv, launched
 from .expand_depthwise import expand_depthwise_launch
 from .expand_depthwise_grads import expand_depthwise_grads_launch
 from .partials import sum_partials_launch
@@ -213,9 +213,9 @@ def _sum(run: Run, partials: Tensor, like: Tensor) -> Tensor:
     return out
 
 
-def _scaled(run: Run, weight: Tensor, factor: Tensor, like: Tensor, *, rows: bool) -> Tensor:
-    """``weight [O, I, 1, 1]`` times a factor for each row or column, ``[O, I]`` in the type of ``like``."""
-    out = common.allocate(tuple(weight.shape[:2]), like)
+def _scaled(run: Run, weight: Tensor, factor: Tensor, *, rows: bool) -> Tensor:
+    """``weight [O, I]``, as the forward has rounded it, times a factor for each row or column; in its type."""
+    out = common.allocate(tuple(weight.shape), weight)
     run(scaled_launch, weight, factor, out, rows=rows)
     return out
 
@@ -242,7 +242,8 @@ def _front(
     run: Run, dy: Tensor, dp: Tensor, x: Tensor, block: Block, saved: Saved, need: Grads, found: Grads, coefs2: Tensor
 ) -> Grads:
     """The rest of ``backward``: from dP through the depthwise convolution and the expansion."""
-    w1, c_mid, residual = rounded(block.w1, x), block.c_mid, dy if block.residual else None
+    w1, w2, c_mid, residual = rounded(block.w1, x), rounded(block.w2, x), block.c_mid, dy if block.residual else None
+    assert w2 is not None
     thin = w1 is not None and w1.shape[1] <= THIN
     out = common.allocate(tuple(x.shape) if thin else (x.shape[0], c_mid, *x.shape[2:]), x)
     sums = run(
@@ -251,10 +252,10 @@ def _front(
         saved.d,
         dp,
         w1,
-        _scaled(run, block.w1, saved.stats1[2], x, rows=True) if thin and block.w1 is not None else None,
+        _scaled(run, w1, saved.stats1[2], rows=True) if thin and w1 is not None else None,
         None if w1 is None else saved.stats1,
         block.wd,
-        _scaled(run, block.w2, coefs2[0], x, rows=False),
+        _scaled(run, w2, coefs2[0], rows=False),
         saved.stats2,
         coefs2,
         out,
@@ -314,13 +315,17 @@ def _expand_grads(
     return grads, pull, dw1
 
 
-def every_launch(x: Tensor, block: Block, *, gradients: bool, save: str = "D") -> list[Launch]:
-    """Launches of a block on ``x [N, c_in, H, W]``, the backward's too with ``gradients``; for tensors on meta."""
-    launches: list[Launch] = []
+def planned(x: Tensor, block: Block, *, gradients: bool, save: str = "D") -> list[tuple[Launch, Traffic]]:
+    """Launches of a block on ``x [N, c_in, H, W]`` and their bytes, the backward's too with ``gradients``.
+
+    Nothing is run: tensors are best on the meta device.
+    """
+    found: list[tuple[Launch, Traffic]] = []
 
     def record(launcher: Callable[..., Launch], *arguments: Any, **keywords: Any) -> Launch:
-        launches.append(launcher(*arguments, **keywords))
-        return launches[-1]
+        launch = launcher(*arguments, **keywords)
+        found.append((launch, common.bytes_of(launcher)(*arguments, **keywords)))
+        return launch
 
     N, _, H, W = x.shape
     y = common.allocate((N, block.c_out, cdiv(H, block.stride), cdiv(W, block.stride)), x)
@@ -330,4 +335,4 @@ def every_launch(x: Tensor, block: Block, *, gradients: bool, save: str = "D") -
         if save == "X":
             with_d_and_p(x, block, saved, record)
         backward(y, x, block, saved, Grads(*[True] * len(Grads._fields)), record)
-    return launches
+    return found

@@ -187,13 +187,13 @@ def _rows(x: Tensor, programs: int, tile: tiles.MomentsTile) -> int:
 def gram_programs(x: Tensor) -> int:
     """Gram records that ``gram_launch`` had best leave of ``x [N, C, H, W]``.
 
-    As many as fill the device, but a record is C^2 numbers: with 8 C pixels behind each, all of them are a quarter of X
-    in half precision at most.
+    As many as fill the device, but a record is C^2 numbers: with 16 C pixels behind each, all of them are an eighth of
+    X in half precision at most.
     """
     M, C = _pixels(x), x.shape[1]
     tile = tiles.gram_tile(C, x.element_size())
     blocks = cdiv(C, tile.BLOCK_C)
-    rows = tiles.moments_rows(M, blocks * (blocks + 1) // 2, tile, 8 * C, common.limits(x.device).processors)
+    rows = tiles.moments_rows(M, blocks * (blocks + 1) // 2, tile, 16 * C, common.limits(x.device).processors)
     return max(cdiv(M, rows), 1)
 
 

@@ -8,8 +8,8 @@
 Each is one pass over D, the one tensor of c_mid channels that is stored. B is made as D is loaded and never stored.
 What BN2's backward needs next, dD, isn't either: it is made again where it is used (``expand_depthwise_grads.py``).
 
-Precision: D, P, dP and W2 in one type; B is rounded once, as a factor; all sums in fp32. B1
-holds B at a sixth, as a clamp to [0, 1], which turns NaN into 0; P3 keeps it. The moments are those of P as it is
+Precision: D, P, dP and W2 in one type; B is rounded once, as a factor; all sums in fp32. Both hold B at a sixth, as a
+clamp to [0, 1], which turns NaN into 0; where statistics are NaN, P3 makes P NaN. The moments are those of P as it is
 stored. A program's are merged tile by tile, each about its own mean (Chan et al. 1983): a large mean costs no digits.
 """
 
@@ -77,6 +77,13 @@ def _project_kernel(
     for _ in tl.static_range(OC):
         means = means + (tl.zeros([BLOCK_O], tl.float32),)
         seconds = seconds + (tl.zeros([BLOCK_O], tl.float32),)
+    # NaN if a number of the statistics is none, else 0: the clamp of B would hide it.
+    spoilt = tl.zeros([BLOCK_K], tl.float32)
+    for k in range(0, C_MID, BLOCK_K):
+        mask = k + offs_k < C_MID
+        scale = tl.load(stats_ptr + 2 * C_MID + k + offs_k, mask=mask, other=0.0)
+        spoilt += (scale + tl.load(stats_ptr + 3 * C_MID + k + offs_k, mask=mask, other=0.0)) * 0.0
+    spoilt = tl.sum(spoilt, axis=0)
     for tile in range(0, TILES):
         offs_m = (pid * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = offs_m < M
@@ -88,9 +95,8 @@ def _project_kernel(
             d = tl.load(d_ptr + pixel[:, None] * C_MID + e[None, :], mask=inside[:, None] & mask_e[None, :], other=0.0)
             scale = tl.load(stats_ptr + 2 * C_MID + e, mask=mask_e, other=0.0)
             shift = tl.load(stats_ptr + 3 * C_MID + e, mask=mask_e, other=0.0)
-            b = d.to(tl.float32) * scale[None, :] + shift[None, :]
-            b = tl.maximum(b, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            b = tl.minimum(b, 6.0, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+            b = d.to(tl.float32) * (scale * (1 / 6))[None, :] + (shift * (1 / 6))[None, :]
+            b = tl.minimum(tl.maximum(b, 0.0), 1.0).to(dtype)
             sums = ()
             for i in tl.static_range(OC):
                 o = i * BLOCK_O + offs_o
@@ -104,7 +110,7 @@ def _project_kernel(
         spread = ()
         for i in tl.static_range(OC):
             o = i * BLOCK_O + offs_o
-            out = p[i].to(dtype)
+            out = (p[i] * 6.0 + spoilt).to(dtype)
             ptrs = p_ptr + pixel[:, None] * C_OUT + o[None, :]
             tl.store(ptrs, out, mask=inside[:, None] & (o < C_OUT)[None, :])
             if partials_ptr is not None:
@@ -234,13 +240,13 @@ def project_launch(
 
 
 def project_bytes(*arguments: Any, **keywords: Any) -> Traffic:
-    """Bytes of ``project_launch``: D once, and weights and statistics for each tile of pixels."""
+    """Bytes of ``project_launch``: D once, weights and statistics for each tile of pixels, statistics once more."""
     launch = project_launch(*arguments, **keywords)
     at = launch.arguments
     d, w2, c_mid = at["d_ptr"], at["w2_ptr"], at["C_MID"]
     written = at["p_ptr"].nbytes + (0 if at["partials_ptr"] is None else at["partials_ptr"].nbytes)
     vectors = 2 * c_mid * 4
-    loaded = d.nbytes + launch.grid[0] * at["TILES"] * (w2.nbytes + vectors)
+    loaded = d.nbytes + launch.grid[0] * (at["TILES"] * (w2.nbytes + vectors) + vectors)
     return Traffic(d.nbytes + w2.nbytes + vectors, written, loaded, written)
 
 
@@ -262,7 +268,7 @@ def project_grads_launch(
         blocks_e,
         tile.num_warps,
         common.limits(d.device).processors,
-        most=d.nbytes // (16 * 4 * c_mid * c_out),  # writing and reading dW2's partials is at most an eighth of D
+        most=d.nbytes // (32 * 4 * c_mid * c_out),  # writing and reading dW2's partials is a sixteenth of D at most
     )
     programs = cdiv(cdiv(M, tile.BLOCK_M), TILES)
     arguments = dict(

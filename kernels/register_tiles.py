@@ -174,9 +174,9 @@ def load_exact(eye, ptrs, mask_e, inside, MASK_E: tl.constexpr, CHECK: tl.conste
     as other products do, where a conversion would go through shared memory.
     """
     tile = load_masked(ptrs, mask_e, inside, MASK_E, CHECK)
-    if eye.dtype == tl.float32:
-        return tile
-    return tl.dot(eye, tile, tl.zeros(tile.shape, tl.float32))
+    if eye.dtype != tl.float32:
+        tile = tl.dot(eye, tile, tl.zeros(tile.shape, tl.float32))
+    return tile
 
 
 @triton.jit

@@ -253,7 +253,7 @@ class ExpandGradTile(NamedTuple):
 
 # A warp multiplies 16 channels of c_mid by 8 pixels, so a warp has 16 channels of the block, or on sm_90 four have 64
 # by wgmma. More warps would share no work but the loads of X.
-WALKING_WARPS = 8  # resident in a processor at 255 registers
+WALKING_WARPS = 5  # a processor: 8 could reside at 255 registers, but a shorter walk reads and leaves more
 
 
 def walk_rows(rows: int, programs: int, tile: ExpandTile | ExpandGradTile, processors: int) -> int:
@@ -268,36 +268,47 @@ def _widest(W_out: int, *columns: int) -> int:
     return min(columns, key=lambda n: (cdiv(W_out, n) * n, -n))
 
 
-def expand_tile(c_mid: int, stride: int, W_out: int, expands: bool) -> ExpandTile:
-    """Tile of pass P2."""
+def expand_tile(c_mid: int, stride: int, W_out: int, element_size: int) -> ExpandTile:
+    """Tile of pass P2. What little spills is invariants of the walk; fp32 takes twice the registers for its factors."""
     broad = (c_mid % 64 == 0 and c_mid > 64) or c_mid >= 256
-    if stride == 2:
-        if broad:
-            COLUMNS = 8 if c_mid >= 256 and _widest(W_out, 8, 4) == 8 else 4
-            return ExpandTile(COLUMNS, 8, 4, 64, 2 if COLUMNS == 4 else 1, num_warps=4)
-        if c_mid % 32 == 0:
-            return ExpandTile(4, 4, 4, 32, 2, num_warps=2)
-        return ExpandTile(4, 8, 4, 16, 2, num_warps=1, num_stages=1)
-    COLUMNS = _widest(W_out, 8, 4)
-    if broad:
-        return ExpandTile(COLUMNS, COLUMNS, 4, 64, 2, num_warps=4)
-    return ExpandTile(COLUMNS, 4, 4, 16, 2, num_warps=1)
+    if stride == 1:
+        COLUMNS = _widest(W_out, 8, 4)
+        tile = ExpandTile(COLUMNS, COLUMNS if broad else 4, 4, 64 if broad else 16, 2, num_warps=4 if broad else 1)
+    elif broad:
+        COLUMNS = 8 if c_mid >= 256 and _widest(W_out, 8, 4) == 8 else 4
+        tile = ExpandTile(COLUMNS, 8, 4, 64, 2 if COLUMNS == 4 else 1, num_warps=4)
+    elif c_mid % 32 == 0:
+        tile = ExpandTile(4, 4, 4, 32, 2, num_warps=2)
+    else:
+        tile = ExpandTile(4, 8, 4, 16, 2, num_warps=1, num_stages=1)
+    return tile._replace(spill_bytes=(352 if broad else 128) * (element_size // 2))
 
 
-def expand_grad_tile(c_in: int, c_mid: int, stride: int, W_out: int, expands: bool) -> ExpandGradTile:
-    """Tile of pass B2."""
+def expand_grad_tile(
+    c_in: int, c_mid: int, c_out: int, stride: int, W_out: int, element_size: int, limits: Limits, *, expands: bool
+) -> ExpandGradTile:
+    """Tile of pass B2.
+
+    With c_in of at most 32 two warps have 32 channels of c_mid, as four with 64 would add to T together; with more,
+    four, whose products are wgmma on sm_90. All registers are in use, and what spills is read outside the walk but for
+    images of at most 8 columns, whose strips are the image and need no halo.
+    """
     if c_mid <= 16 or (c_mid % 32 in range(1, 17) and c_mid < 96):
         BLOCK_E, num_warps = 16, 1
-    elif stride == 2 or c_in <= 32:
+    elif stride == 2 or c_in <= 32 or (limits.tensor_memory and c_in + c_out > 224):  # whose weights would fill it
         BLOCK_E, num_warps = 32, 2
     else:
         BLOCK_E, num_warps = 64, 4
     if stride == 2:
         COLUMNS = 2 if 128 < c_mid < 256 else 4
-        return ExpandGradTile(COLUMNS, 4, BLOCK_E, 2 if COLUMNS == 2 else 1, num_warps)
-    if W_out <= 8 and c_in > 32:
-        return ExpandGradTile(8, 4, BLOCK_E, 1, num_warps)
-    return ExpandGradTile(4, 4 if c_in > 32 and expands else 2, BLOCK_E, 1 if expands else 2, num_warps)
+        tile = ExpandGradTile(COLUMNS, 4, BLOCK_E, 2 if COLUMNS == 2 else 1, num_warps, spill_bytes=256)
+    elif W_out <= 8 and c_in > 32:
+        tile = ExpandGradTile(8, 4, BLOCK_E, 1, num_warps, spill_bytes=640)
+    elif c_in > 32 and expands:
+        tile = ExpandGradTile(4, 4, BLOCK_E, 1, num_warps, spill_bytes=344)
+    else:
+        tile = ExpandGradTile(4, 2, BLOCK_E, 1 if expands else 2, num_warps, spill_bytes=256)
+    return tile._replace(spill_bytes=tile.spill_bytes * (element_size // 2))
 
 
 class ThinTile(NamedTuple):
@@ -320,7 +331,7 @@ class GradTile(NamedTuple):
 
 
 # Thin passes. 16 elements a thread: two loads of 16 bytes a tensor in half precision.
-THIN_ELEMENTS = 2048
+THIN_ELEMENTS = 4096
 SUMS_PROGRAMS = 6  # a processor, for B0: what its registers let reside
 SUMS_MIN_STEPS = 2  # with at least 64 pixels a program, partials are a thirty-second of what is read
 # S = X^T dZ1 is [c_mid, c_in] in tiles of BLOCK_M x BLOCK_N, over pixels in steps of BLOCK_K. As many programs as
@@ -385,14 +396,16 @@ class ProjectGradTile(NamedTuple):
 def project_tile(c_out: int) -> ProjectTile:
     """Tile of pass P3."""
     BLOCK_O = max(16, min(64, 1 << (c_out - 1).bit_length()))
-    return ProjectTile(128 if c_out <= 128 else 64, BLOCK_O, 32, num_warps=4, num_stages=3)
+    return ProjectTile(128 if c_out <= 128 else 64, BLOCK_O, 32, 8 if c_out > 192 else 4, num_stages=3, spill_bytes=176)
 
 
 def project_grad_tile(c_mid: int, c_out: int) -> ProjectGradTile:
     """Tile of pass B1."""
+    if c_out > 320:  # sums of dW2 [BLOCK_E, c_out] in registers
+        return ProjectGradTile(32, 32, num_warps=4, spill_bytes=416)
     if (c_mid % 64 == 0 and c_mid > 64) or c_mid >= 256:
-        return ProjectGradTile(64 if c_out <= 160 else 32, 64, num_warps=4)
-    return ProjectGradTile(64, 16, num_warps=1)
+        return ProjectGradTile(64 if c_out <= 160 else 32, 64, num_warps=4, spill_bytes=416)
+    return ProjectGradTile(64, 16, num_warps=1, spill_bytes=16)
 
 
 def pixel_tiles(tiles: int, side: int, num_warps: int, processors: int, *, most: int | None = None) -> int:
@@ -405,6 +418,7 @@ def pixel_tiles(tiles: int, side: int, num_warps: int, processors: int, *, most:
     programs = cdiv(WARPS_PER_PROCESSOR * processors, warps)
     if most is not None:
         programs = min(programs, max(most, cdiv(WARPS_TO_FILL * processors, warps)))
+    tiles = max(tiles, 1)
     least = cdiv(tiles, min(programs, tiles))
     # A walk that ends with the pixels needs no masks, so a little longer is better than uneven.
     return next((n for n in range(least, min(2 * least, tiles) + 1) if tiles % n == 0), least)

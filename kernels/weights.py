@@ -23,9 +23,9 @@ def _scaled_kernel(w_ptr, factor_ptr, out_ptr, numbers, c_in, OF_ROWS: tl.conste
 
 
 def scaled_launch(weight: Tensor, factor: Tensor, out: Tensor, *, rows: bool) -> Launch:
-    """Multiply each row or column of ``weight [c_out, c_in, 1, 1]``, dense in memory, by its ``factor`` (fp32).
+    """Multiply each row or column of ``weight [c_out, c_in]``, dense in memory, by its ``factor`` (fp32).
 
-    The product is made in fp32 and rounded to the type of ``out [c_out, c_in]``.
+    The product is made in fp32 and rounded to the type of ``out``, of the weight's shape.
     """
     sizes = dict(numbers=weight.numel(), c_in=weight.shape[1], OF_ROWS=rows, BLOCK=BLOCK)
     arguments = dict(w_ptr=weight, factor_ptr=factor, out_ptr=out, **sizes)

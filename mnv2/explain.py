@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from kernels import DepthwiseConv2d, PackedBlock, common, tiles
+from kernels import PackedBlock, common, tiles
 from kernels.block_inference_passes import chosen_tile, inverted_residual_bytes, inverted_residual_launches
 from kernels.common import Launch
-from kernels.depthwise import why_torch
 from kernels.head_inference import conv_relu6_mean_bytes, conv_relu6_mean_launch
 from kernels.roofline import Bounds, bounds, device_of
 
 from .inference import FoldedBlock, FoldedHead, InferenceNetwork
-from .model import LayerShape, MobileNetV2, layer_shapes
+from .model import InvertedResidual, LayerShape, MobileNetV2, layer_shapes
 
 MB = 1e6
 
@@ -81,7 +81,7 @@ class Explanation:
 
 
 def explain_unfolded(model: MobileNetV2, batch: int, resize: int, dtype: torch.dtype | None = None) -> Explanation:
-    """Plans of all layers of a network with BatchNorm, in evaluation: torch's but for the depthwise convolutions.
+    """Plans of all layers of a network with BatchNorm, in evaluation: torch's but for the blocks.
 
     ``dtype`` is autocast's, None for the type of the weights.
 
@@ -91,18 +91,18 @@ def explain_unfolded(model: MobileNetV2, batch: int, resize: int, dtype: torch.d
     _check_positive(batch=batch, resize=resize)
     weight = next(model.parameters())
     dtype = dtype or weight.dtype
-    depthwise = iter([module for module in model.modules() if isinstance(module, DepthwiseConv2d)])
+    blocks = iter([module for module in deepcopy(model).eval().features if isinstance(module, InvertedResidual)])
     plans = []
     for layer in model.layer_shapes(resize):
         torch_mb = _unfolded_bytes(layer, batch, dtype.itemsize) / batch / MB
         plan = LayerPlan(layer.name, _shape(layer), "torch", torch_mb=torch_mb)
         if layer.kind == "block":
-            conv = next(depthwise)
-            x = common.allocate((1, layer.c_mid, layer.height, layer.width), weight, dtype)
-            if why := _why(partial(why_torch, x, conv.weight, layer.stride, conv.backend)):
+            block = next(blocks)
+            if why := _why(partial(block.why_torch, layer, dtype)):
                 plan = replace(plan, why=why)
             else:
-                plan = replace(plan, path="torch, depthwise by kernels")
+                touched = sum(traffic.touched for _, traffic in block.planned(batch, layer, dtype))
+                plan = replace(plan, path="kernels, unfolded", kernels_mb=touched / batch / MB)
         plans.append(plan)
     return Explanation(tuple(plans), batch, dtype, weight.device)
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels import BatchNorm, DepthwiseConv2d, common, inverted_residual, reference
-from kernels.common import BACKENDS, Launch, check_choice, check_padding
+from kernels.common import BACKENDS, Launch, Traffic, check_choice, check_padding
 from kernels.depthwise import every_launch, runs_kernels
 from kernels.inverted_residual import SAVES, why_torch
-from kernels.inverted_residual_passes import Block
-from kernels.inverted_residual_passes import every_launch as every_launch_of_block
+from kernels.inverted_residual_passes import Block, planned
 from kernels.sync_batch_norm import batch_norm_of
 from kernels.warmup import compile_ahead
 
@@ -199,23 +198,36 @@ class InvertedResidual(nn.Module):
             _batch_norm(project_norm),
         )
 
-    def launches(self, batch: int, layer: LayerShape, dtype: torch.dtype | None) -> list[Launch]:
-        """What the kernels launch for ``batch`` pictures of ``layer``, with gradients in training; none if torch runs.
+    def why_torch(self, layer: LayerShape, dtype: torch.dtype | None = None) -> str | None:
+        """Why torch runs the block on pictures of ``layer`` rather than the kernels, or None; ``dtype`` is autocast's.
 
-        ``dtype`` is autocast's. Tensors are on the meta device.
+        Raises:
+            ValueError: the kernels are asked for and can't.
         """
-        w1, norm1, wd, norm2, w2, norm3 = self.operands()
+        w1, _, wd, _, w2, _ = self.operands()
         x = common.allocate((1, layer.c_in, layer.height, layer.width), wd, dtype)
-        if why_torch(x, w1, wd, w2, self.backend) is None:
-            w1, norm1, wd, norm2, w2, norm3 = map(_on_meta, self.operands())
-            x = common.allocate((batch, *x.shape[1:]), wd, dtype)
-            norm1, norm2, norm3 = (norm and norm._replace(group="") for norm in (norm1, norm2, norm3))
-            block = Block(w1, wd, w2, norm1, norm2, norm3, layer.stride, self.padding, layer.residual)
-            return every_launch_of_block(x, block, gradients=self.training, save=self.save)
-        x = common.allocate((1, layer.c_mid, layer.height, layer.width), wd, dtype)
-        if not runs_kernels(x, wd, layer.stride, self.backend):
+        return why_torch(x, w1, wd, w2, self.backend)
+
+    def planned(self, batch: int, layer: LayerShape, dtype: torch.dtype | None) -> list[tuple[Launch, Traffic]]:
+        """What the kernels launch for ``batch`` pictures of ``layer`` and its bytes, with gradients in training."""
+        w1, norm1, wd, norm2, w2, norm3 = map(_on_meta, self.operands())
+        norm1, norm2, norm3 = (norm and norm._replace(group="") for norm in (norm1, norm2, norm3))
+        x = common.allocate((batch, layer.c_in, layer.height, layer.width), wd, dtype)
+        block = Block(w1, wd, w2, norm1, norm2, norm3, layer.stride, self.padding, layer.residual)
+        return planned(x, block, gradients=self.training, save=self.save)
+
+    def launches(self, batch: int, layer: LayerShape, dtype: torch.dtype | None) -> list[Launch]:
+        """What kernels launch for ``batch`` pictures of ``layer``, with gradients in training.
+
+        ``dtype`` is autocast's.
+        """
+        if self.why_torch(layer, dtype) is None:
+            return [launch for launch, _ in self.planned(batch, layer, dtype)]
+        weight: Any = self.operands()[2]
+        x = common.allocate((1, layer.c_mid, layer.height, layer.width), weight, dtype)
+        if not runs_kernels(x, weight, layer.stride, self.backend):
             return []
-        return every_launch(x, wd, layer.stride, self.padding, gradients=self.training)
+        return every_launch(x, weight, layer.stride, self.padding, gradients=self.training)
 
     @property
     def backend(self) -> str:
@@ -277,7 +289,7 @@ class MobileNetV2(nn.Module):
         padding: "symmetric" (torchvision) or "same" (TensorFlow's, asymmetric at stride 2).
         norm_eps: epsilon of every BatchNorm; TensorFlow's weights want 1e-3.
         save: what the kernels of a block keep for its backward: "D" its input and two more tensors, "X" its input
-            alone, a quarter of the memory for a sixth more traffic.
+            alone, a quarter of the memory for a quarter more traffic.
 
     Raises:
         ValueError: an argument is out of its range; the message names it.

@@ -34,6 +34,12 @@ FACTS = {
     "loop_wavefronts": 20,
     "loop_macs": 2048,
     "loops": 1,
+    "inner": 100,
+    "inner_wavefronts": 20,
+    "inner_macs": 2048,
+    "outer": 0,
+    "outer_wavefronts": 0,
+    "outer_macs": 0,
     "copied": 0,
 }
 
@@ -229,6 +235,59 @@ def test_trips_follow_from_the_products_of_a_program(facts, macs, trips):
     assert cases.Work(launch, 1000, 7, 1000, macs=macs).compiled_trips({**FACTS, **facts}) == trips
 
 
+# A warp's code: 30 instructions, around a loop of 120, around one of 100; 0, 2048 and 2048 multiply-adds of its own.
+NEST = {"instructions": 150, "macs": 4096, "wavefronts": 30, "outer": 120, "outer_macs": 4096, "outer_wavefronts": 25}
+
+
+@pytest.mark.parametrize(
+    ("facts", "walks", "macs", "instructions"),
+    [
+        ({}, 0, 0, 50 + 7 * 100),
+        (NEST, 3, 0, 30 + 3 * (20 + 7 * 100)),
+        (NEST, 3, 2 * 3 * (2048 + 4 * 2048), 30 + 3 * (20 + 4 * 100)),  # an inner loop unrolled to four trips
+        ({}, 3, 0, 50 + 3 * 7 * 100),  # one loop is left, of all trips
+        ({}, 3, 2 * (2048 + 3 * 2048), 50 + 3 * 100),  # the inner is unrolled whole
+        ({"macs": 0, "inner_macs": 0}, 3, 2 * 4096, 50 + 3 * 100),  # at least that
+        ({**NEST, "macs": 0, "inner_macs": 0, "outer_macs": 0}, 3, 2 * 4096, 30 + 3 * (20 + 7 * 100)),
+    ],
+    ids=["no-nest", "nested", "by-products", "flat", "inner-unrolled", "unreadable-flat", "unreadable"],
+)
+def test_nested_loops_are_counted_for_each_trip_of_both(facts, walks, macs, instructions):
+    work = cases.Work(Launch(None, (10,), {}, num_warps=2), 1000, 7, 1000, macs=macs, walks=walks)
+    found = work.run_through({**FACTS, **facts})
+    assert found["instructions"] == instructions
+    assert found["loop"] == found["loop_macs"] == found["loop_wavefronts"] == 0
+    row = aot.Row(cases.Case(90, "B2", 144, 56, 1, c_in=24, c_out=24), work, "key")
+    issue = 10 * 2 * instructions / (4 * 132 * roofline.DEVICES[90].clock)
+    assert aot.bounds(row, {**FACTS, **facts}).issue == pytest.approx(issue)
+
+
+def test_programs_that_return_at_once_count_as_none():
+    found = cases.Work(Launch(None, (10,), {}, num_warps=2), 1000, 0, 1000).run_through(FACTS)
+    assert (found["instructions"], found["macs"], found["wavefronts"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer"), [("FMUL R0, R0, R1", 23), ("HMMA.16816.F32 R4, R8, R12, R4", 23)], ids=["long", "products"]
+)
+def test_the_innermost_loop_that_does_most_and_the_one_around_it(inner, outer):
+    text = listing(
+        ".L_x_0:",
+        *["FADD R0, R0, R1"] * 12,
+        ".L_x_1:",
+        *[inner] * 9,
+        "@P0  BRA `(.L_x_1)",
+        "@P1  BRA `(.L_x_0)",
+        ".L_x_2:",
+        *["IADD3 R0, R0, 0x1, RZ"] * 8,
+        "@P2  BRA `(.L_x_2)",
+        "EXIT",
+    )
+    instructions = sass.parse(text)
+    assert list(map(len, sass.nest(instructions, sass.flow(instructions).loops))) == [10, outer]
+    assert list(map(len, sass.nest(instructions, ()))) == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("facts", "touched", "name"),
     [
@@ -314,11 +373,48 @@ def test_the_sample_has_the_network_of_blocks_and_each_kind_of_kernel_on_each_ca
     blocks = cases.blocks_of_network(90)
     assert len([case for case in blocks if case.kernel == "block"]) == 17
     assert set(blocks) < set(sample)
-    kernels = {(cap, kernel) for cap in sass.CAPABILITIES for kernel in cases.WORK}
-    assert {(case.cap, case.kernel) for case in sample} == kernels
+    kernels = {*cases.WORK} - {*cases.TRAINING}
+    wanted = {(cap, kernel) for cap in sass.CAPABILITIES for kernel in (*kernels, *cases.WALKS)}
+    assert {(case.cap, case.kernel) for case in sample} == wanted | {(90, kernel) for kernel in cases.TRAINING}
     with_blocks = [case for case in sample if case.kernel == "block" and case.cap == 90]
     assert {case.dtype for case in with_blocks} == set(cases.DTYPES)
     assert {case.padding for case in with_blocks} == {"symmetric", "same"}
+
+
+def test_the_sample_of_training_has_every_type_and_both_paddings():
+    walks = [case for case in cases.sample([90]) if case.kernel == "B2"]
+    assert {case.dtype for case in walks} == set(cases.DTYPES)
+    assert {case.padding for case in walks} == {"symmetric", "same"}
+    launches = [cases.WORK["B2"](case).launch for case in walks]
+    assert {launch.arguments["t_ptr"] is None for launch in launches} == {False, True}
+    (single,) = (at.arguments for case, at in zip(walks, launches, strict=True) if case.dtype == "fp32")
+    assert single["PRECISION"] == "tf32"
+
+
+def test_every_pass_of_the_network_in_training_is_compiled():
+    passes = cases.training_of_network(90)
+    every = {case for case in cases.every([90]) if case.kernel in cases.TRAINING}
+    assert set(passes) < every
+    assert {case.kernel for case in passes} == set(cases.TRAINING)
+    assert len([case for case in passes if case.kernel == "P2"]) == 17
+    assert len(passes) == 14 + 16 * 25  # the first block doesn't expand
+    assert len({case.name for case in every}) == len(every)
+
+
+@pytest.mark.parametrize(("c_in", "c_mid", "side", "blocks"), [(24, 144, 56, 5), (64, 384, 14, 1)])
+def test_a_walk_back_has_two_loops_where_it_makes_t(c_in, c_mid, side, blocks):
+    work = cases.WORK["B2"](cases.Case(90, "B2", c_mid, side, 1, c_in=c_in, c_out=c_in))
+    assert work.elements == 256 * side**2 * c_mid
+    assert work.walks == blocks
+    assert work.trips == work.launch.arguments["ROWS"] // work.launch.arguments["UNROLL"]
+
+
+def test_a_projection_walks_over_channels_for_each_tile_of_pixels():
+    work = cases.WORK["P3"](cases.Case(90, "P3", 384, 14, 1, c_in=64, c_out=64))
+    at = work.launch.arguments
+    assert (work.trips, work.walks) == (384 // at["BLOCK_K"], at["TILES"])
+    assert work.macs * work.launch.grid[0] == 256 * 14**2 * 384 * 64
+    assert work.touched > 256 * 14**2 * (384 + 64) * 2
 
 
 def test_every_block_of_all_widths_is_compiled_in_all_tiles():
@@ -490,6 +586,24 @@ def test_long_compilations_come_first(blocks):
     assert blocks.asked[-1].startswith("block_project ")
 
 
+def test_passes_of_training_are_summed_where_all_are_there(rows, tmp_path, capsys):
+    wanted = dict.fromkeys(cases.training_of_network(90))
+    rows.rows = [aot.Row(case, cases.WORK[case.kernel](case), case.name) for case in wanted]
+    rows.facts = {row.key: FACTS for row in rows.rows}
+    file = tmp_path / "aot.json"
+    assert aot.main(["--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    (found,) = json.loads(file.read_text())["training_bound_us"].values()
+    limits = {row.case: aot.bounds(row, FACTS) for row in rows.rows}
+    largest = sum(max(limits[case]) for case in cases.training_of_network(90)) / 256 * 1e6
+    assert found["ours"] == pytest.approx(largest, abs=0.001)
+    assert max(found["issue"], found["hbm"]) < found["ours"]
+    assert found["compiled"] == pytest.approx(178.08e6 / 3.35e12 * 1e6, rel=0.001)
+    assert f"sm_90: training: 17 blocks take at least {found['issue']:.2f} us an image by issue" in out
+    assert aot.main(["--only", "P2"]) == 0
+    assert "training: 17 blocks" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}'])
 def test_another_file_is_no_record(rows, tmp_path, capsys, text):
     file = tmp_path / "aot.json"
@@ -539,7 +653,7 @@ def test_two_kernels_are_compiled_and_recorded(tmp_path):
     assert aot.NOTE in done.stdout
     assert "2 rows, of which 0 spill and 0 fail; 2 kernels compiled, 0 reused;" in done.stdout
     record = json.loads(file.read_text())
-    assert record.keys() == {"command", "note", "versions", "blocks_bound_us", "compiled", "rows"}
+    assert record.keys() == {"command", "note", "versions", "blocks_bound_us", "training_bound_us", "compiled", "rows"}
     assert record["blocks_bound_us"] == {}  # not all blocks are there
     assert record["versions"].keys() == {"torch", "triton"}
     assert [row["cap"] for row in record["rows"]] == [80, 90]

@@ -7,11 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_expand_depthwise as walks
+import test_project as products
 import torch
+from numerics import GuardedMemory
 from test_block_inference import check as check_block
 from test_depthwise import check
 
-from kernels import block_inference_kernels, block_inference_passes, depthwise_passes
+from kernels import (
+    block_inference_kernels,
+    block_inference_passes,
+    common,
+    depthwise_passes,
+    expand_depthwise,
+    expand_depthwise_grads,
+    project,
+)
 
 # fault: (kernel, what its source says, what it says with the fault, how the check fails, how it fails in ttsem)
 FAULTS = {
@@ -93,6 +104,45 @@ BLOCK_FAULTS = {
 }
 
 
+# fault of the training block's passes: (module and kernel, what the source says, what it says with the fault, how the
+# check fails)
+P2 = expand_depthwise, "_expand_depthwise_kernel"
+B2 = expand_depthwise_grads, "_expand_depthwise_grads_kernel"
+P3, B1 = (project, "_project_kernel"), (project, "_project_grads_kernel")
+PASS_FAULTS = {
+    "BN1's shift left and right of the image": (
+        *P2,
+        "shift = shift * columns.to(tl.float32)[None, :]",
+        "shift = shift * 1.0",
+        "D: error",
+    ),
+    "BN1's shift above the image": (*P2, "shift * row.to(tl.float32)", "shift * 1.0", "D: error"),
+    "moments of columns outside": (*P2, "b * WIDE_OUT + j < own_columns", "own_columns >= 0", "mean: error"),
+    "the right column of the halo for the left": (*P2, "g.own + 1 if c > 0 and", "g.own + 1 if c < 0 and", "D: error"),
+    "T begun again by each block of channels": (*B2, "block == 0,", "block >= 0,", "T: error"),
+    "the left column of the halo for the right": (
+        *B2,
+        "g.columns if x == g.first_halo else g.columns + 1",
+        "g.columns if x != g.first_halo else g.columns + 1",
+        "dWd: error",
+    ),
+    "dD's constant outside the image": (
+        *B2,
+        "constant = constant * inside.to(tl.float32)[None, :]",
+        "constant = constant * 1.0",
+        "dWd: error",
+    ),
+    "ReLU6's gradient where it has none": (
+        *B2,
+        "tl.abs(a[j] - 0.5) < 0.5",
+        "tl.abs(a[j] - 0.5) <= 0.5",
+        "T: error",
+    ),
+    "D not centred": (*B1, "MASK_E, not WHOLE) - mean", "MASK_E, not WHOLE)", "dbeta2: error"),
+    "moments merged without their distance": (*P3, "delta * delta * (count * share)", "0.0", "variance: error"),
+}
+
+
 def with_fault(name: str, source: str, old: str, new: str, folder: Path, monkeypatch):
     """The kernel ``name`` of ``source`` with ``new`` in place of ``old``, from a file as jit wants it."""
     assert old in source, f"the fault's place is gone: {old}"
@@ -127,6 +177,34 @@ def test_a_fault_in_the_block_is_found(fault, request, device, memory, tmp_path,
     with pytest.raises(Exception, match=found_in_ttsem if sanitize else found):
         check_block(1, 3, 4, 8, 24, 8, 1, "symmetric", torch.bfloat16 if sanitize else torch.float32, device, memory)
     memory.buffers.clear()
+
+
+@pytest.mark.parametrize("fault", PASS_FAULTS)
+def test_a_fault_in_the_training_passes_is_found(fault, device, tmp_path, monkeypatch):
+    module, name, old, new, found = PASS_FAULTS[fault]
+    source = Path(module.__file__).read_text().replace("from . import", "from kernels import")
+    source = source.replace("\nfrom .", "\nfrom kernels.")
+    monkeypatch.setattr(module, name, with_fault(name, source, old, new, tmp_path, monkeypatch))
+    with pytest.raises(AssertionError, match=found):
+        check_passes(module, device, monkeypatch)
+
+
+def check_passes(module, device, monkeypatch):
+    """All checks of a module's passes, on a case where each of the faults matters."""
+    monkeypatch.setattr(common, "limits", lambda device: common.Limits(1, 0))  # so that programs have more than a tile
+    memory, dtype = GuardedMemory(monkeypatch.setattr), torch.float32
+    if module is project:
+        o = products.operands(products.WALK, dtype, device, memory)
+        products.check_project(o)
+        products.check_grads(o)
+        return
+    o = walks.operands((1, 2, 10, 8, 33, 8, 1, "symmetric"), dtype, device, memory)
+    (walks.check_forward if module is expand_depthwise else walks.check_backward)(o)
+
+
+@pytest.mark.parametrize("module", [expand_depthwise, expand_depthwise_grads, project], ids=lambda m: m.__name__)
+def test_the_training_passes_without_a_fault(module, device, monkeypatch):
+    check_passes(module, device, monkeypatch)
 
 
 def test_the_same_without_a_fault(device, memory):

@@ -311,6 +311,35 @@ def test_through_the_kernels_a_network_in_training(device):
     assert max(torchs) < 0.05
 
 
+@pytest.mark.exhaustive
+def test_five_steps_on_digits_through_the_kernels_and_through_torch(device, capsys):
+    images, labels = digits()
+    images = nn.functional.interpolate(images.repeat(1, 3, 1, 1), size=32, mode="bilinear").to(device)
+    losses = {}
+    for backend in ("triton", "torch"):
+        torch.manual_seed(3)
+        model = MobileNetV2(0.35, num_classes=10, dropout=0.0, backend=backend).train().to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        losses[backend] = []
+        for step in range(5):
+            batch = slice(32 * step, 32 * (step + 1))
+            loss = nn.functional.cross_entropy(model(images[batch]), labels[batch].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[backend].append(loss.item())
+    with capsys.disabled():
+        print("".join(f"\n{name:7}" + "".join(f" {loss:.5f}" for loss in of) for name, of in losses.items()))
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-2)
+
+
+def digits():
+    """Scikit-learn's digits as images [N, 1, 8, 8] in [-1, 1], and their labels."""
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn isn't installed")
+    bunch = datasets.load_digits()
+    return torch.from_numpy(bunch.images).float()[:, None] / 8 - 1, torch.from_numpy(bunch.target).long()
+
+
 def test_through_the_kernels_with_torchs_synchronised_norms(device):
     model = settled(MobileNetV2(0.1, 4), 16).to(device)
     x = torch.randn(1, 3, 16, 16, device=device)

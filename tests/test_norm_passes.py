@@ -28,7 +28,8 @@ cases = pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
 
 @pytest.fixture
 def few_processors(monkeypatch):
-    """One processor, so that a program of B0 has to walk in small images too."""
+    """One processor and small tiles, so that a program of B0 has to walk in small images too."""
+    monkeypatch.setattr(tiles, "THIN_ELEMENTS", 2048)
     monkeypatch.setattr(common, "limits", lambda device: common.Limits(1, 0))
 
 

@@ -22,6 +22,7 @@ from mnv2 import MobileNetV2
 from mnv2.config import TrainConfig
 from mnv2.data import Batch
 from mnv2.distributed import World, world
+from mnv2.model import InvertedResidual, LayerShape
 from mnv2.trainer import Trainer
 
 SPLITS = {2: [(3, 3), (4, 1), (5, 0)], 3: [(1, 4, 2), (2, 0, 3)]}  # pictures of each process
@@ -135,6 +136,30 @@ def check_network(here, sizes):
         torch.testing.assert_close(network(x), plain.eval()(x))
 
 
+def check_block(here, sizes, c):
+    """The training block through the kernels, in the interpreter."""
+    torch.manual_seed(7)
+    shape = LayerShape("", "block", c, 3 * c, c, 4, 5, 4, 5, residual=True, expand_macs=1)
+    plain = InvertedResidual(shape, padding="symmetric", norm_eps=1e-5, backend="triton", save="D")
+    block = convert_sync_batchnorm(deepcopy(plain))
+    x, dy = (torch.randn(sum(sizes), c, 4, 5) for _ in "xy")
+    x = (x * torch.linspace(0.5, 2, len(x))[:, None, None, None] + 1).contiguous(memory_format=torch.channels_last)
+    results = []
+    for module, pick in ((block, lambda t: own(t, sizes, here.rank)), (plain, lambda t: t)):
+        given = pick(x).detach().requires_grad_()
+        y = module(given)
+        y.backward(pick(dy))
+        gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+        results.append(({"y": y.detach(), "dx": given.grad}, gradients, dict(module.named_buffers())))
+    (got, gradients, buffers), (expected, expected_gradients, expected_buffers) = results
+    for name, tensor in got.items():
+        torch.testing.assert_close(joined(here, name, tensor), expected[name], rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(here.sum(gradient), expected_gradients[name], rtol=1e-3, atol=1e-3)
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(joined(here, name, buffer), expected_buffers[name], rtol=1e-5, atol=1e-6)
+
+
 def check_training(here):
     """``--sync_bn`` on parts of a batch takes the step that one process takes on all of it."""
     torch.manual_seed(6)
@@ -164,6 +189,9 @@ def process(rank):
             check_far_from_zero(here, sizes)
         check_a_group_of_some(here)
         check_network(here, SPLITS[here.size][1])
+        for c in (8, 40):  # T and S in one pass, dZ1 stored
+            check_block(here, SPLITS[here.size][1], c)
+        check_block(here, SPLITS[here.size][-1], 8)
         if here.size == 2:
             check_training(here)
 
@@ -182,7 +210,7 @@ def main(processes):
 @pytest.mark.parametrize("processes", SPLITS)
 def test_processes_get_what_one_with_the_whole_batch_gets(processes):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = run("tests/test_sync_batch_norm.py", processes, PYTHONPATH=path)
+    done = run("tests/test_sync_batch_norm.py", processes, PYTHONPATH=path, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
 
 

@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from bench import executions, traffic
+from bench.blocks import Block
 from bench.count import Counter, count
-from kernels import block_inference_passes, common, depthwise_passes, partials, tiles
+from bench.training import passes_of
+from kernels import block_inference_passes, common, depthwise_passes, norm_passes, partials, tiles
 from kernels.common import Launch, Traffic
 from mnv2.model import VARIANTS, layer_shapes
 
@@ -139,6 +141,8 @@ def network(name: str, training: bool) -> dict[str, float]:
         ("inference", "epilogue", "network", 27.5),
         ("inference", "compiled", "network", 54.2),
         ("inference", "eager", "network", 79.5),
+        ("training", "ours", "blocks", 46.9),
+        ("training", "ours", "network", 63.85),
         ("training", "compiled", "network", 188),
         ("training", "eager_least", "network", 210),
         ("training", "eager", "network", 275),
@@ -168,15 +172,60 @@ def test_at_inference_ours_is_as_compulsory_but_for_b_where_blocks_are_split():
     assert (ours["blocks"] - compulsory["blocks"]) * 1e6 == pytest.approx(b + again, rel=0.01)
 
 
-def test_in_training_ours_saves_the_depthwise_gradients_second_read():
+def test_alone_the_depthwise_kernels_save_the_gradients_second_read():
     # One pass over dY in place of two, for partial sums written and read; weights in fp32 are the rest.
     layers = layer_shapes(1.0, 224)
     dy = sum(layer.c_mid * layer.height_out**2 * 2 for layer in layers if layer.kind == "block") / 1e6
-    rows = executions.rows_of(executions.ours, layers, 256, True)
+    rows = executions.rows_of(executions.executions(True)["depthwise"], layers, 256, True)
     sums = sum(row.read for row in rows if row.op == "depthwise sum partials") / 256 / 1e6
-    saved = network("eager", True)["blocks"] - network("ours", True)["blocks"]
+    saved = network("eager", True)["blocks"] - network("depthwise", True)["blocks"]
     assert saved == pytest.approx(dy - 2 * sums, rel=0.001)
     assert 2 * sums < dy / 6
+
+
+def test_in_training_ours_is_the_passes_of_each_block():
+    layers = layer_shapes(1.0, 224)
+    rows = executions.rows_of(executions.ours, layers, 256, True)
+    ops = {layer.name: [row.op for row in rows if row.block == layer.name] for layer in layers}
+    back = ["B0 sums", "BN3 grads", "B0 dP", "B1", "BN2 grads", "dW2"]
+    forward = ["P2", "BN2", "P3", "BN3", "P4"]
+    assert ops["features.1"] == [*forward, *back, "W2 scaled", "B2", "dWd"]
+    forward = ["P1", "P1 merge", "BN1", "P1 direct", "BN1 flagged", *forward]
+    rest = ["S sum", "dbeta1", "dW1", "M, v", "B3"]
+    assert ops["features.3"] == [*forward, *back, "W1 scaled", "W2 scaled", "B2", "dWd", *rest]
+    assert ops["features.9"] == [*forward, *back, "W2 scaled", "B2", "dWd", "S", *rest]
+    passes = executions.totals_of_passes(rows, 256)
+    assert sum(passes.values()) == pytest.approx(network("ours", True)["blocks"])
+    assert max(passes, key=passes.get) == "B2"
+
+
+def test_a_thin_pass_moves_its_tensors_and_little_else():
+    # Y is written once, from P and where there is one from the residual.
+    layers = [layer for layer in layer_shapes(1.0, 224) if layer.kind == "block"]
+    rows = executions.rows_of(executions.ours, layer_shapes(1.0, 224), 256, True)
+    y = sum((2 + layer.residual) * layer.c_out * layer.height_out**2 * 2 for layer in layers)
+    assert executions.totals_of_passes(rows, 256)["P4"] == pytest.approx(y / 1e6, rel=0.001)
+
+
+PASSES = {
+    "residual-with-T": Block(16, 96, 16, 9, 1),
+    "stride-2-dZ1-stored": Block(40, 48, 24, 7, 2),
+    "no-expansion": Block(8, 8, 8, 6, 1),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("block", PASSES.values(), ids=PASSES)
+def test_passes_move_the_bytes_of_their_formulas(block):
+    seen = []
+
+    def check_pass(call):
+        assert_counted(call.launch, call.formula)
+        seen.append(call.name)
+
+    passes = passes_of(block, 2, torch.empty(0, dtype=torch.float16), visit=check_pass)
+    assert seen == [call.name for calls in passes for call in calls]
+    assert len(set(seen)) == len(seen)
 
 
 def test_a_residual_of_a_block_that_does_not_expand_has_its_sum_and_its_gradient():
@@ -193,7 +242,7 @@ def test_json_has_its_keys_and_totals_are_sums_of_rows(tmp_path, capsys):
     assert traffic.main(words) == 0
     figures = json.loads(path.read_text())
     assert {"mode": "training", "alpha": 0.35, "resize": 97, "batch": 3, "dtype": "float16"}.items() <= figures.items()
-    assert list(figures["beside"]) == ["compulsory", "epilogue", "compiled", "eager_least", "eager"]
+    assert list(figures["beside"]) == ["compulsory", "epilogue", "compiled", "eager_least", "depthwise", "eager"]
     assert all(set(total) == {"blocks", "network"} for total in figures["beside"].values())
     assert figures["command"] == "python -m bench.traffic " + " ".join(words)
     assert {"torch", "triton"} <= set(figures["versions"])
@@ -203,9 +252,10 @@ def test_json_has_its_keys_and_totals_are_sums_of_rows(tmp_path, capsys):
     blocks = sum(row["read"] + row["written"] for row in rows if row["kind"] == "block")
     assert blocks / 3 / 1e6 == pytest.approx(figures["blocks_mb_per_image"])
     assert all((row["by"] == "triton") == (row["requested"] is not None) for row in rows)
-    assert sum(row["by"] == "triton" for row in rows) == 17 * 3
+    assert {row["block"] for row in rows if row["by"] == "triton"} == {f"features.{i}" for i in range(1, 18)}
+    assert sum(figures["passes_mb_per_image"].values()) == pytest.approx(figures["blocks_mb_per_image"])
     printed = capsys.readouterr().out
-    assert printed.count("sum partials") == 17
+    assert printed.count("BN2 grads") == 17 + 1
     assert f"{figures['network_mb_per_image']:.2f}" in printed
 
 
@@ -248,8 +298,16 @@ def test_count_finds_a_formula_of_blocks_that_is_off(monkeypatch, capsys):
     assert "features.1 " not in error
 
 
+@pytest.fixture
+def two_blocks(monkeypatch):
+    """The stem, two blocks, head and classifier in place of the network."""
+    monkeypatch.setattr(
+        traffic, "layer_shapes", lambda alpha, side: [*(s := layer_shapes(alpha, side))[:2], s[4], *s[-2:]]
+    )
+
+
 @interpreted
-def test_count_finds_a_formula_that_is_off_by_one_row(monkeypatch, capsys):
+def test_count_finds_formulas_of_training_that_are_off(two_blocks, monkeypatch, capsys):
     words = ["--mode", "training", "--alpha", "0.1", "--resize", "8", "--count"]
     assert traffic.main(words) == 0
     right = depthwise_passes.depthwise_fwd_bytes
@@ -259,17 +317,20 @@ def test_count_finds_a_formula_that_is_off_by_one_row(monkeypatch, capsys):
         return right(x, *others) + Traffic(0, 0, row if x.shape[2] == 4 else 0, 0)
 
     monkeypatch.setattr(depthwise_passes, "depthwise_fwd_bytes", wrong)
+    monkeypatch.setattr(norm_passes, "sums_bytes", lambda *arguments: Traffic(0, 0, 0, 0))
     capsys.readouterr()
     assert traffic.main(words) == 1
     output = capsys.readouterr()
     assert output.err.count("\n") == 1
-    assert "formula and count differ: features.1 depthwise conv" in output.err
-    assert "features.4" not in output.err
-    assert "DIFFERS" in output.out
+    assert "formula and count differ: features.1 depthwise conv 8x4x4 -> 8x4x4; features.1 8-8-8x4x4/1 B0 sums; " in (
+        output.err
+    )
+    assert output.err.endswith("features.4 8-48-8x2x2/2 B0 sums\n")
+    assert output.out.count("DIFFERS") == 3
 
 
 @interpreted
-def test_count_does_not_write_figures_of_wrong_formulas(monkeypatch, tmp_path):
+def test_count_does_not_write_figures_of_wrong_formulas(two_blocks, monkeypatch, tmp_path):
     monkeypatch.setattr(depthwise_passes, "depthwise_fwd_bytes", lambda *arguments: Traffic(0, 0, 0, 0))
     path = tmp_path / "traffic.json"
     words = ["--mode", "training", "--alpha", "0.1", "--resize", "2", "--count"]
