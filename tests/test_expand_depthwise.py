@@ -195,14 +195,29 @@ def check_backward(o, chunks=1, tile=None):
         assert_near("dbeta1", at["beta_ptr"].double().sum((0, 1)), dz.sum((0, 2, 3)), allowed)
 
 
-@pytest.mark.parametrize("case", [*cases()])
-def test_expand_depthwise(case, sampled, dtype, device, memory):
-    check_forward(operands(case, dtype, device, memory))
+@pytest.fixture
+def half(pytestconfig):
+    """The half type that is computed here like on the device."""
+    return torch.bfloat16 if pytestconfig.getoption("--sanitize") else torch.float16
 
 
 @pytest.mark.parametrize("case", [*cases()])
-def test_expand_depthwise_grads(case, sampled, dtype, device, memory):
-    check_backward(operands(case, dtype, device, memory))
+def test_expand_depthwise(case, sampled, half, device, memory):
+    check_forward(operands(case, half, device, memory))
+
+
+@pytest.mark.parametrize("case", [*cases()])
+def test_expand_depthwise_grads(case, sampled, half, device, memory):
+    check_backward(operands(case, half, device, memory))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", [*cases()])
+def test_in_every_type(case, dtype, device, memory, request):
+    skip_if_sanitized(request)
+    o = operands(case, dtype, device, memory)
+    check_forward(o)
+    check_backward(o)
 
 
 @pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
@@ -243,7 +258,10 @@ def every_tile(choose):
             for W_out in range(1, 20):
                 for expands in (True, False):
                     found.setdefault((choose(c_in, c_mid, stride, W_out, expands), stride))
-    return [pytest.param(*key, id=f"stride {key[1]}, {tuple(key[0])}") for key in found]
+    return [
+        pytest.param(*key, id=f"stride {key[1]}, {tuple(key[0])}", marks=[pytest.mark.exhaustive] * (i % 2))
+        for i, key in enumerate(found)
+    ]
 
 
 def forward_tile(c_in, c_mid, stride, W_out, expands):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from samples import settled
 from torch import nn
 
-from kernels import DepthwiseConv2d
+from kernels import DepthwiseConv2d, common
 from mnv2 import MobileNetV2, layer_shapes
 from mnv2.model import VARIANTS, round_channels
 
@@ -287,10 +287,11 @@ def test_through_the_kernels_a_network_gives_the_same_logits_and_gradients(paddi
     assert error < 2 * max(torchs for torchs, _ in spread) < 1e-3  # a wrong tap gives errors near 1
 
 
-def test_through_the_kernels_a_network_in_training(device):
+def test_through_the_kernels_a_network_in_training(device, monkeypatch):
     """Statistics of the batch: a mask of ReLU6 that rounding flips moves whole gradients, in torch too; so the medians
     over parameters of several networks are compared.
     """
+    monkeypatch.setattr(common, "_limits", lambda device: common.Limits(1, 232448))  # fewer programs, which take time
 
     def error(seed, backend):
         torch.manual_seed(seed)
@@ -305,10 +306,8 @@ def test_through_the_kernels_a_network_in_training(device):
         errors = [((a.double() - b).norm() / b.norm()).item() for b, a in zip(*results, strict=True) if b.norm() > 1e-6]
         return statistics.median(errors)
 
-    torchs = [error(seed, "torch") for seed in range(5)]
-    ours = [error(seed, "triton") for seed in range(1)]
-    assert statistics.median(ours) < 3 * max(torchs)
-    assert max(torchs) < 0.05
+    torchs = [error(seed, "torch") for seed in range(3)]
+    assert error(0, "triton") < 2 * max(torchs) < 0.01
 
 
 @pytest.mark.exhaustive
