@@ -439,7 +439,7 @@ def _expand_depthwise_grads_kernel(
                             ):  # times 0 or 1: of a select the compiler makes two of 16 bits behind the rounding
                                 da = da * (tl.abs(a[j] - 0.5) < 0.5).to(tl.float32)
                                 if not THIN:
-                                    b_sums += da
+                                    b_sums += da.to(dtype).to(tl.float32)  # as S will have it
                             dz = dz + (da,)
                         tile = hide_join(joined(dz, WIDE, BLOCK_E, BLOCK_S), ASSEMBLY).to(dtype)
                         if THIN:

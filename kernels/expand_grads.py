@@ -195,7 +195,7 @@ def _expand_weight_grad_kernel(
             if global_ptr is not None:
                 dbeta = tl.load(global_ptr + offs_e, mask=mask_e, other=0.0)
                 dgamma = tl.load(global_ptr + C_MID + offs_e, mask=mask_e, other=0.0)
-            n = tl.load(gram_ptr)
+            n = tl.maximum(tl.load(gram_ptr), 1.0)  # of an empty batch
             pull_gamma, pull_beta = rstd * dgamma / n, dbeta / n
             if local_ptr is None:
                 product = _gram_product(

@@ -22,7 +22,8 @@ from .norms import count_batch
 SAVES = ("D", "X")
 Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # the tensors of a BatchNorm
 NOTHING: Norm = (None, None, None, None, None)
-MAX_CHANNELS = 512  # of X and Y: products over them are unrolled, and their sums lie in registers
+# Of X and Y, those of alpha 1.4: products over them are unrolled, and with more a program's weights would not fit.
+MAX_IN, MAX_OUT = 224, 448
 
 
 def _block(
@@ -187,6 +188,7 @@ class _InvertedResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, wd, w2, *saved = ctx.saved_tensors
+        x, *saved = map(_nhwc, (x, *saved))
         _, _, need_x, need_w1, need_wd, need_w2, *need = ctx.needs_input_grad
         affine = [need[i] or need[i + 1] for i in (0, 5, 10)]
         needs = [need_x, need_w1, affine[0], need_wd, affine[1], need_w2, affine[2]]
@@ -200,6 +202,11 @@ class _InvertedResidual(torch.autograd.Function):
         front = (found.x, found.w1, found.wd, found.w2)
         asked = (need_x, need_w1, need_wd, need_w2)
         return None, None, *(g if n else None for g, n in zip(front, asked, strict=True)), *norms
+
+
+def _nhwc(tensor: Tensor) -> Tensor:
+    """A saved tensor as it was: hooks for saved tensors, as ``save_on_cpu``, may give another layout back."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _dense(weight: Tensor) -> bool:
@@ -217,9 +224,9 @@ def unsupported(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor) -> str | N
         return f"x: {problem}"
     if x.shape[0] * x.shape[2] * x.shape[3] >= 2**31:
         return f"x: expected fewer than 2^31 pixels, got shape {tuple(x.shape)}"
-    for name, channels in (("x", x.shape[1]), ("project_weight", w2.shape[0])):
-        if channels > MAX_CHANNELS:
-            return f"{name}: expected at most {MAX_CHANNELS} channels, got {channels}"
+    for name, channels, most in (("x", x.shape[1], MAX_IN), ("project_weight", w2.shape[0], MAX_OUT)):
+        if channels > most and (w1 is not None or name != "x"):
+            return f"{name}: expected at most {most} channels, got {channels}"
     if wd.shape[2:] != (3, 3):
         return f"depthwise_weight: expected a kernel of 3 x 3, got {wd.shape[2]} x {wd.shape[3]}"
     for name, weight in (("expand_weight", w1), ("depthwise_weight", wd), ("project_weight", w2)):
@@ -276,12 +283,15 @@ def inverted_residual(
             (``torch.backends.cudnn``), and elsewhere torch's operations around ``depthwise_conv2d``.
         save: what the backward has of the forward: "D" keeps X, D and P; "X" keeps X and makes the others again.
 
-    Weights and norms have x's type, or under autocast any floating-point type: the kernels round W1 and W2 to x's, and
-    gradients are returned in their own. Statistics are fp32 (fp64 where they are merged), BN1's those of E as the
+    Weights have x's type, or under autocast any floating-point type, norms always any: the kernels round W1 and W2 to
+    x's, and gradients are returned in their own. Statistics are fp32 (fp64 where they are merged), BN1's of E as the
     rounded W1 makes it.
 
     Returns:
-        ``[N, c_out, ceil(H / stride), ceil(W / stride)]`` in channels_last, in x's type.
+        ``[N, c_out, ceil(H / stride), ceil(W / stride)]`` in channels_last, in x's type or autocast's.
+
+    Processes whose norms share their statistics must all take the same path: give them one ``backend`` other than
+    "auto" where their GPUs differ.
 
     NaN: the kernels' clamp makes an expanded or depthwise value of NaN 0, where torch's keeps it.
 
@@ -300,6 +310,8 @@ def inverted_residual(
     common.check_choice("save", save, SAVES)
     norms = (expand_norm, depthwise_norm, project_norm)
     _check(x, expand_weight, depthwise_weight, project_weight, norms, stride, residual, padding)
+    dtype = common.autocast_dtype(x)
+    x = x if dtype is None else x.to(dtype)
     if why_torch(x, expand_weight, depthwise_weight, project_weight, backend) is not None:
         return reference.inverted_residual(
             x,
@@ -314,7 +326,6 @@ def inverted_residual(
             padding=padding,
             depthwise=functools.partial(depthwise_conv2d, backend=backend),
         )
-    dtype = common.autocast_dtype(x)
     there = [norm or BatchNorm(None, None, None, None, None, False) for norm in norms]
     for norm in there:
         count_batch(norm)
@@ -328,7 +339,6 @@ def inverted_residual(
         *(norm.group if norm.batch_stats else "" for norm in there),
     )
     tensors = [tensor for norm in there for tensor in norm[:5]]
-    x = x if dtype is None else x.to(dtype)
     return _InvertedResidual.apply(save, how, x, expand_weight, depthwise_weight, project_weight, *tensors)
 
 
@@ -362,6 +372,12 @@ def _check(
         if weight.device != x.device:
             raise ValueError(f"{name}: expected x's device {x.device}, got {weight.device}")
     common.check_residual(residual, stride, c_in, c_out)
+    for name, norm, channels in (
+        ("expand", norms[0], c_mid),
+        ("depthwise", norms[1], c_mid),
+        ("project", norms[2], c_out),
+    ):
+        _check_norm(f"{name}_norm", norm, channels, x.device)
     N, _, H, W = x.shape
     outputs = N * cdiv(H, stride) * cdiv(W, stride)
     for name, norm, numbers in zip(
@@ -369,3 +385,19 @@ def _check(
     ):
         if norm is not None and norm.batch_stats and not norm.group and numbers == 1:
             raise ValueError(f"{name}_norm: expected more than one number a channel to take statistics of, got one")
+
+
+def _check_norm(name: str, norm: BatchNorm | None, channels: int, device: torch.device) -> None:
+    """Raise unless each tensor of ``norm`` has a number for each of its channels."""
+    if norm is None:
+        return
+    for field in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(norm, field)
+        if tensor is None:
+            if not norm.batch_stats and field.startswith("running"):
+                raise ValueError(f"{name}: expected {field} where the batch's statistics aren't taken, got None")
+        elif tensor.shape != (channels,) or not tensor.is_contiguous() or not tensor.is_floating_point():
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+            raise ValueError(f"{name}: expected {field} as {channels} contiguous floating-point numbers, got {got}")
+        elif tensor.device != device:
+            raise ValueError(f"{name}: expected {field} on x's device {device}, got {tensor.device}")

@@ -84,6 +84,7 @@ def _update_running(running_mean_ptr, running_var_ptr, tracked_ptr, momentum, n,
     factor = momentum
     if tracked_ptr is not None:
         factor = 1.0 / tl.load(tracked_ptr).to(tl.float64)
+    factor = tl.where(n > 0, factor, 0.0)  # an empty batch says nothing
     if running_mean_ptr is not None:
         running = _load(running_mean_ptr, offs, mask, 0.0)
         _store(running_mean_ptr, offs, running + factor * (mean - running), mask)

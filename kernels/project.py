@@ -85,9 +85,8 @@ def _project_kernel(
         spoilt += (scale + tl.load(stats_ptr + 3 * C_MID + k + offs_k, mask=mask, other=0.0)) * 0.0
     spoilt = tl.sum(spoilt, axis=0)
     for tile in range(0, TILES):
-        offs_m = (pid * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = offs_m < M
-        pixel = offs_m.to(tl.int64)
+        pixel = (pid * TILES + tile).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = pixel < M
         p = zeros(OC, BLOCK_M, BLOCK_O)
         for k in range(0, C_MID, BLOCK_K):
             e = k + offs_k
@@ -261,7 +260,7 @@ def project_grads_launch(
     """
     N, c_mid, H, W = d.shape
     M, c_out = N * H * W, dp.shape[1]
-    tile = tile or tiles.project_grad_tile(c_mid, c_out)
+    tile = tile or tiles.project_grad_tile(c_mid, c_out, d.element_size())
     blocks_e = cdiv(c_mid, tile.BLOCK_E)
     TILES = tiles.pixel_tiles(
         cdiv(M, tile.BLOCK_M),

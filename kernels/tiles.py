@@ -1,7 +1,7 @@
 """Block sizes as data: which tile a kernel takes for a shape, and why.
 
 A tile is chosen by channels and width, and how far a program walks by whether the grid fills the device. Neither is
-tuned by batch, so a partial batch compiles nothing. Rows are compiled ahead of time by ``python -m bench.aot``, which
+tuned by batch. Rows are compiled ahead of time by ``python -m bench.aot``, which
 fails where one spills more than it declares.
 """
 
@@ -302,13 +302,16 @@ def expand_grad_tile(
     if stride == 2:
         COLUMNS = 2 if 128 < c_mid < 256 else 4
         tile = ExpandGradTile(COLUMNS, 4, BLOCK_E, 2 if COLUMNS == 2 else 1, num_warps, spill_bytes=256)
-    elif W_out <= 8 and c_in > 32:
-        tile = ExpandGradTile(8, 4, BLOCK_E, 1, num_warps, spill_bytes=640)
+    elif W_out <= 8 and c_in > 32 and BLOCK_E == 64:
+        tile = ExpandGradTile(8, 4, BLOCK_E, 1, num_warps, spill_bytes=704)
     elif c_in > 32 and expands:
-        tile = ExpandGradTile(4, 4, BLOCK_E, 1, num_warps, spill_bytes=344)
+        tile = ExpandGradTile(4, 4, BLOCK_E, 1, num_warps, spill_bytes=344 if BLOCK_E == 64 else 704)
     else:
         tile = ExpandGradTile(4, 2, BLOCK_E, 1 if expands else 2, num_warps, spill_bytes=256)
-    return tile._replace(spill_bytes=tile.spill_bytes * (element_size // 2))
+    if element_size == 4:  # twice the shared memory for factors
+        block_e, warps, columns = min(BLOCK_E, 32), min(num_warps, 2), min(tile.COLUMNS, 4)
+        tile = tile._replace(COLUMNS=columns, BLOCK_E=block_e, num_warps=warps, num_stages=1, spill_bytes=2816)
+    return tile
 
 
 class ThinTile(NamedTuple):
@@ -394,13 +397,16 @@ class ProjectGradTile(NamedTuple):
 
 
 def project_tile(c_out: int) -> ProjectTile:
-    """Tile of pass P3."""
+    """Tile of pass P3: as many pixels as leave registers beside their sums of all of c_out."""
     BLOCK_O = max(16, min(64, 1 << (c_out - 1).bit_length()))
-    return ProjectTile(128 if c_out <= 128 else 64, BLOCK_O, 32, 8 if c_out > 192 else 4, num_stages=3, spill_bytes=176)
+    BLOCK_M = 128 if c_out <= 128 else 64 if c_out <= 192 else 32
+    return ProjectTile(BLOCK_M, BLOCK_O, 32, num_warps=4, num_stages=3, spill_bytes=176)
 
 
-def project_grad_tile(c_mid: int, c_out: int) -> ProjectGradTile:
+def project_grad_tile(c_mid: int, c_out: int, element_size: int) -> ProjectGradTile:
     """Tile of pass B1."""
+    if element_size == 4:  # twice the registers for factors, and twice the shared memory
+        return ProjectGradTile(16, 16, num_warps=1, num_stages=1, spill_bytes=416)
     if c_out > 320:  # sums of dW2 [BLOCK_E, c_out] in registers
         return ProjectGradTile(32, 32, num_warps=4, spill_bytes=416)
     if (c_mid % 64 == 0 and c_mid > 64) or c_mid >= 256:

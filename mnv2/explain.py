@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -91,7 +90,7 @@ def explain_unfolded(model: MobileNetV2, batch: int, resize: int, dtype: torch.d
     _check_positive(batch=batch, resize=resize)
     weight = next(model.parameters())
     dtype = dtype or weight.dtype
-    blocks = iter([module for module in deepcopy(model).eval().features if isinstance(module, InvertedResidual)])
+    blocks = iter([module for module in model.features if isinstance(module, InvertedResidual)])
     plans = []
     for layer in model.layer_shapes(resize):
         torch_mb = _unfolded_bytes(layer, batch, dtype.itemsize) / batch / MB
@@ -101,7 +100,7 @@ def explain_unfolded(model: MobileNetV2, batch: int, resize: int, dtype: torch.d
             if why := _why(partial(block.why_torch, layer, dtype)):
                 plan = replace(plan, why=why)
             else:
-                touched = sum(traffic.touched for _, traffic in block.planned(batch, layer, dtype))
+                touched = sum(traffic.touched for _, traffic in block.planned(batch, layer, dtype, training=False))
                 plan = replace(plan, path="kernels, unfolded", kernels_mb=touched / batch / MB)
         plans.append(plan)
     return Explanation(tuple(plans), batch, dtype, weight.device)

@@ -208,13 +208,19 @@ class InvertedResidual(nn.Module):
         x = common.allocate((1, layer.c_in, layer.height, layer.width), wd, dtype)
         return why_torch(x, w1, wd, w2, self.backend)
 
-    def planned(self, batch: int, layer: LayerShape, dtype: torch.dtype | None) -> list[tuple[Launch, Traffic]]:
-        """What the kernels launch for ``batch`` pictures of ``layer`` and its bytes, with gradients in training."""
+    def planned(
+        self, batch: int, layer: LayerShape, dtype: torch.dtype | None, *, training: bool
+    ) -> list[tuple[Launch, Traffic]]:
+        """What the kernels launch for ``batch`` pictures of ``layer`` and its bytes, with gradients in ``training``."""
         w1, norm1, wd, norm2, w2, norm3 = map(_on_meta, self.operands())
-        norm1, norm2, norm3 = (norm and norm._replace(group="") for norm in (norm1, norm2, norm3))
+
+        def alone(norm: BatchNorm) -> BatchNorm:
+            return norm._replace(group="", batch_stats=norm.batch_stats and (training or norm.running_mean is None))
+
+        norm1, norm2, norm3 = norm1 and alone(norm1), alone(norm2), alone(norm3)
         x = common.allocate((batch, layer.c_in, layer.height, layer.width), wd, dtype)
         block = Block(w1, wd, w2, norm1, norm2, norm3, layer.stride, self.padding, layer.residual)
-        return planned(x, block, gradients=self.training, save=self.save)
+        return planned(x, block, gradients=training, save=self.save)
 
     def launches(self, batch: int, layer: LayerShape, dtype: torch.dtype | None) -> list[Launch]:
         """What kernels launch for ``batch`` pictures of ``layer``, with gradients in training.
@@ -222,7 +228,7 @@ class InvertedResidual(nn.Module):
         ``dtype`` is autocast's.
         """
         if self.why_torch(layer, dtype) is None:
-            return [launch for launch, _ in self.planned(batch, layer, dtype)]
+            return [launch for launch, _ in self.planned(batch, layer, dtype, training=self.training)]
         weight: Any = self.operands()[2]
         x = common.allocate((1, layer.c_mid, layer.height, layer.width), weight, dtype)
         if not runs_kernels(x, weight, layer.stride, self.backend):
@@ -366,8 +372,8 @@ class MobileNetV2(nn.Module):
     ) -> int:
         """Compile every kernel that pictures of side ``resize`` run, gradients' in training; how many there were.
 
-        ``dtype`` is autocast's, None for the type of the weights. A batch of another size may need a few more, as
-        kernels of training leave out masks where programs divide it.
+        ``dtype`` is autocast's, None for the type of the weights. In training a batch of another size may need a few
+        more, as those kernels leave out masks where their programs divide it.
         """
         launches: list[Launch] = []
         device = next(self.parameters()).device

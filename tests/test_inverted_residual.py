@@ -365,6 +365,19 @@ def test_auto_takes_torch_on_a_cpu():
     torch.testing.assert_close(y, module(x))
 
 
+def test_norms_of_other_channels_are_refused():
+    module, x, _ = block()
+    module.expand[1] = nn.BatchNorm2d(3)
+    with pytest.raises(
+        ValueError, match=r"expand_norm: expected weight as 24 contiguous .* got torch.float32 of shape"
+    ):
+        module(x, backend="triton")
+    module, x, _ = block()
+    module.project_norm.running_var = torch.ones(16)[::2]
+    with pytest.raises(ValueError, match="project_norm: expected running_var as 8 contiguous floating-point numbers"):
+        module(x, backend="triton")
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -409,11 +422,26 @@ def test_what_the_kernels_cant_run_is_torchs(device):
     assert calls.names == []
 
 
-def test_an_empty_batch(device):
-    module, x, _ = block(frozen=(True, True, True))
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_empty_batch(frozen, device):
+    module, x, _ = block(frozen=(frozen,) * 3)
     module, x = module.to(device), x[:0].to(device).requires_grad_()
+    before = [buffer.clone() for buffer in module.buffers() if buffer.is_floating_point()]
     y = module(x, backend="triton")
     assert y.shape == (0, 8, 5, 6)
     y.sum().backward()
     assert x.grad.shape == x.shape
-    assert all(not parameter.grad.any() for parameter in module.parameters())
+    assert all(torch.equal(parameter.grad, torch.zeros_like(parameter)) for parameter in module.parameters())
+    after = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    assert all(map(torch.equal, before, after))
+
+
+def test_saved_tensors_may_come_back_in_another_layout(device):
+    module, x, dy = block()
+    module, x, dy = module.to(device), x.to(device), dy.to(device)
+    _, grads, _ = results(deepcopy(module), x, dy, backend="triton")
+    x = x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):  # as save_on_cpu
+        y = module(x, backend="triton")
+    y.backward(dy)
+    assert torch.equal(x.grad, grads["x"])

@@ -212,8 +212,8 @@ def test_the_cases_have_every_tile():
     sizes = {(c_mid, c_out) for *_, c_mid, c_out in CASES.values()}
     wanted = {tiles.project_tile(c_out) for c_out in range(1, 400)}
     assert {tiles.project_tile(c_out) for _, c_out in sizes} == wanted
-    wanted = {tiles.project_grad_tile(c_mid, c_out) for c_mid in range(1, 400) for c_out in range(1, 400)}
-    assert {tiles.project_grad_tile(*size) for size in sizes} == wanted
+    wanted = {tiles.project_grad_tile(c_mid, c_out, 2) for c_mid in range(1, 400) for c_out in range(1, 400)}
+    assert {tiles.project_grad_tile(*size, 2) for size in sizes} == wanted
     assert any(c_mid % 16 for c_mid in c_mids)
 
 
