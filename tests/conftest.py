@@ -37,6 +37,8 @@ def pytest_generate_tests(metafunc):
         dtypes = [torch.float32, torch.float16, torch.bfloat16]
     else:  # the interpreter multiplies bf16 matrices wrongly
         dtypes = [torch.float32, torch.float16]
+    if metafunc.definition.get_closest_marker("one_type") and not metafunc.config.getoption("--all"):
+        dtypes = dtypes[-1:]
     metafunc.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 

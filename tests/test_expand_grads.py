@@ -17,6 +17,8 @@ from torch import Tensor
 
 from kernels import common, expand_grads
 
+pytestmark = pytest.mark.one_type
+
 EPS = 1e-3
 # N, c_in, c_mid, H, W
 CASES = {

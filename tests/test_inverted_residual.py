@@ -189,18 +189,18 @@ def guarded(monkeypatch):
     memory.check()
 
 
-@pytest.mark.parametrize("case", CASES[::4], ids=str)
+@pytest.mark.parametrize("case", CASES[::6], ids=str)
 def test_block_is_its_twin(case, dtype, device, guarded):
     assert_block(case, dtype, device, guarded)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in CASES[::4]], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in CASES[::6]], ids=str)
 def test_block_is_its_twin_in_fp32(case, device, guarded):
     assert_block(case, torch.float32, device, guarded)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("case", [case for case in CASES if case not in CASES[::4]], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in CASES[::6]], ids=str)
 def test_other_types(case, dtype, device, guarded):
     assert_block(case, dtype, device, guarded)
 
@@ -276,7 +276,7 @@ def test_what_is_kept(device):
     assert x.numel() in kept["X"]
 
 
-@pytest.mark.parametrize("needed", ["x", "depthwise.weight", "project_norm.bias", "project.weight", "expand.1.weight"])
+@pytest.mark.parametrize("needed", ["x", "project_norm.bias", "expand.1.weight"])
 def test_only_what_is_asked_for(needed, device):
     module, x, dy = block()
     module, x, dy = module.to(device), x.to(device), dy.to(device)

@@ -16,6 +16,8 @@ from kernels import common, moments, norms
 from kernels.common import BatchNorm
 from kernels.moments import KAPPA_MAX
 
+pytestmark = pytest.mark.one_type
+
 interpreted = pytest.mark.skipif(not common.INTERPRETED, reason="bytes are counted in Triton's interpreter")
 FP32 = 1e-5  # of the largest of a channel: sums of some hundred numbers in fp32
 SAME = {"rtol": 1e-6, "atol": 1e-7}  # what is fp64 but for its last rounding

@@ -14,6 +14,8 @@ from test_traffic import assert_counted, interpreted, nhwc
 
 from kernels import common, norm_passes, tiles
 
+pytestmark = pytest.mark.one_type
+
 CASES = {
     "one pixel": (1, 8, 1, 1),
     "channels that fill no vector": (2, 3, 19, 29),  # the last program's second tile is all outside

@@ -18,6 +18,8 @@ from torch import Tensor
 from kernels import common, project, tiles, weights
 from mnv2.model import layer_shapes
 
+pytestmark = pytest.mark.one_type
+
 # N, H, W, c_mid, c_out
 CASES = {
     "one pixel": (1, 1, 1, 64, 20),
