@@ -14,10 +14,6 @@ difference is what images need: parameters, their casts and statistics a channel
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,9 +24,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import common
-from mnv2.config import InputError, exit_status, option, parse
-from mnv2.logs import versions
-from mnv2.model import VARIANTS, MobileNetV2, check_alpha
+from mnv2.config import exit_status, option, parse
+from mnv2.model import VARIANTS, MobileNetV2
+
+from .figures import check_sizes, run_interpreted, write
 
 MIB = 2**20
 MODES = {"eager": ("torch", "D"), "D": ("triton", "D"), "X": ("triton", "X")}  # backend and what is saved
@@ -47,13 +44,7 @@ class MemoryConfig:
     json: str | None = option(None, "write the figures there", metavar="FILE")
 
     def __post_init__(self) -> None:
-        for name in ("resize", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected a positive integer, got {getattr(self, name)}")
-        try:
-            check_alpha(self.alpha)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        check_sizes(self.alpha, resize=self.resize, batch=self.batch)
 
 
 class Saved:
@@ -135,19 +126,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     config = parse(MemoryConfig, words, "Bytes that training saves for its backward.")
-    command = [sys.executable, "-m", "bench.memory", *words]
-    if not common.INTERPRETED:
-        # Without a GPU kernels count as there in the interpreter alone, which has to be asked for before they are
-        # defined: once more, in a process of its own.
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    if not common.INTERPRETED:  # without a GPU kernels count as there in the interpreter alone
+        return run_interpreted("bench.memory", words)
 
     def action() -> None:
         figures = report(config)
         print("\n".join(table(figures)))
         if config.json is not None:
-            figures |= {"command": shlex.join(["python", *command[1:]]), "versions": versions()}
-            with open(config.json, "w") as file:
-                file.write(json.dumps(figures, indent=2) + "\n")
+            write(config.json, "bench.memory", words, figures)
 
     return exit_status("bench.memory", action)
 

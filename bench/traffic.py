@@ -13,10 +13,6 @@ interpreter and counts what they touch.
 from __future__ import annotations
 
 import functools
-import json
-import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +21,8 @@ from typing import Any
 import torch
 
 from kernels import common
-from mnv2.config import InputError, RunError, exit_status, option, parse
-from mnv2.logs import versions
-from mnv2.model import VARIANTS, LayerShape, check_alpha, layer_shapes
+from mnv2.config import RunError, exit_status, option, parse
+from mnv2.model import VARIANTS, LayerShape, layer_shapes
 
 from .count import Call, differing, differs
 from .executions import (
@@ -42,6 +37,7 @@ from .executions import (
     totals_of_passes,
     units,
 )
+from .figures import check_sizes, run_interpreted, write
 from .training import passes_of
 
 # Of the picture at most: the interpreter takes minutes, and sides are even and odd.
@@ -61,13 +57,7 @@ class TrafficConfig:
     json: str | None = option(None, "write the figures there", metavar="FILE")
 
     def __post_init__(self) -> None:
-        for name in ("resize", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected a positive integer, got {getattr(self, name)}")
-        try:
-            check_alpha(self.alpha)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        check_sizes(self.alpha, resize=self.resize, batch=self.batch)
 
     @property
     def training(self) -> bool:
@@ -203,10 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     config = parse(TrafficConfig, words, "Device-memory traffic of MobileNetV2.")
-    command = [sys.executable, "-m", "bench.traffic", *words]
     if config.count and not common.INTERPRETED:
-        # Triton reads the variable where kernels are defined, which is done: once more, in a process of its own.
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+        return run_interpreted("bench.traffic", words)
 
     def action() -> None:
         figures = report(config)
@@ -214,9 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.count:
             check(config)
         if config.json is not None:
-            figures |= {"command": shlex.join(["python", *command[1:]]), "versions": versions()}
-            with open(config.json, "w") as file:
-                file.write(json.dumps(figures, indent=2) + "\n")
+            write(config.json, "bench.traffic", words, figures)
 
     return exit_status("bench.traffic", action)
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import common, expand_grads, moments, norm_passes, norms, ranks
+from . import common, expand_grads, moments, norm_passes, norms, ranks, tiles
 from .common import BatchNorm, Launch, Traffic, cdiv, launched
 from .expand_depthwise import expand_depthwise_launch
 from .expand_depthwise_grads import expand_depthwise_grads_launch
@@ -28,7 +28,6 @@ from .project import project_grads_launch, project_launch
 from .weights import scaled_launch
 
 Run = Callable[..., Launch]  # of a launcher and its arguments: ``common.launched``, or what records them
-THIN = 32  # c_in up to which pass B2 sums T and S itself
 
 
 class Block(NamedTuple):
@@ -230,21 +229,30 @@ def backward(dy: Tensor, x: Tensor, block: Block, saved: Saved, need: Grads, run
     front = need.x or need.w1 or need.norm1 or need.wd
     if not (front or need.norm2 or need.w2):
         return found
-    dp = common.allocate(tuple(saved.p.shape), x)
+    dp, w2 = common.allocate(tuple(saved.p.shape), x), rounded(block.w2, x)
+    assert w2 is not None
     run(norm_passes.input_grad_launch, dy, saved.p, coefs3, dp)
-    sums = run(project_grads_launch, saved.d, dp, rounded(block.w2, x), saved.stats2).arguments
+    sums = run(project_grads_launch, saved.d, dp, w2, saved.stats2).arguments
     grads2, coefs2 = _norm_grads(run, sums["sums_ptr"], block.norm2, saved.stats2, saved.count2)
     found = found._replace(norm2=grads2, w2=_sum(run, sums["dw_ptr"], block.w2) if need.w2 else None)
-    return _front(run, dy, dp, x, block, saved, need, found, coefs2) if front else found
+    return _front(run, dy, dp, x, w2, block, saved, need, found, coefs2) if front else found
 
 
 def _front(
-    run: Run, dy: Tensor, dp: Tensor, x: Tensor, block: Block, saved: Saved, need: Grads, found: Grads, coefs2: Tensor
+    run: Run,
+    dy: Tensor,
+    dp: Tensor,
+    x: Tensor,
+    w2: Tensor,
+    block: Block,
+    saved: Saved,
+    need: Grads,
+    found: Grads,
+    coefs2: Tensor,
 ) -> Grads:
     """The rest of ``backward``: from dP through the depthwise convolution and the expansion."""
-    w1, w2, c_mid, residual = rounded(block.w1, x), rounded(block.w2, x), block.c_mid, dy if block.residual else None
-    assert w2 is not None
-    thin = w1 is not None and w1.shape[1] <= THIN
+    w1, c_mid, residual = rounded(block.w1, x), block.c_mid, dy if block.residual else None
+    thin = w1 is not None and w1.shape[1] <= tiles.THIN
     out = common.allocate(tuple(x.shape) if thin else (x.shape[0], c_mid, *x.shape[2:]), x)
     sums = run(
         expand_depthwise_grads_launch,

@@ -284,27 +284,30 @@ def expand_tile(c_mid: int, stride: int, W_out: int, element_size: int) -> Expan
     return tile._replace(spill_bytes=(352 if broad else 128) * (element_size // 2))
 
 
+THIN = 32  # c_in up to which pass B2 makes T and S itself; with more it stores dZ1
+
+
 def expand_grad_tile(
     c_in: int, c_mid: int, c_out: int, stride: int, W_out: int, element_size: int, limits: Limits, *, expands: bool
 ) -> ExpandGradTile:
     """Tile of pass B2.
 
-    With c_in of at most 32 two warps have 32 channels of c_mid, as four with 64 would add to T together; with more,
+    With c_in of at most THIN two warps have 32 channels of c_mid, as four with 64 would add to T together; with more,
     four, whose products are wgmma on sm_90. All registers are in use, and what spills is read outside the walk but for
     images of at most 8 columns, whose strips are the image and need no halo.
     """
     if c_mid <= 16 or (c_mid % 32 in range(1, 17) and c_mid < 96):
         BLOCK_E, num_warps = 16, 1
-    elif stride == 2 or c_in <= 32 or (limits.tensor_memory and c_in + c_out > 224):  # whose weights would fill it
+    elif stride == 2 or c_in <= THIN or (limits.tensor_memory and c_in + c_out > 224):  # whose weights would fill it
         BLOCK_E, num_warps = 32, 2
     else:
         BLOCK_E, num_warps = 64, 4
     if stride == 2:
         COLUMNS = 2 if 128 < c_mid < 256 else 4
         tile = ExpandGradTile(COLUMNS, 4, BLOCK_E, 2 if COLUMNS == 2 else 1, num_warps, spill_bytes=256)
-    elif W_out <= 8 and c_in > 32 and BLOCK_E == 64:
+    elif W_out <= 8 and c_in > THIN and BLOCK_E == 64:
         tile = ExpandGradTile(8, 4, BLOCK_E, 1, num_warps, spill_bytes=704)
-    elif c_in > 32 and expands:
+    elif c_in > THIN and expands:
         tile = ExpandGradTile(4, 4, BLOCK_E, 1, num_warps, spill_bytes=344 if BLOCK_E == 64 else 704)
     else:
         tile = ExpandGradTile(4, 2, BLOCK_E, 1 if expands else 2, num_warps, spill_bytes=256)

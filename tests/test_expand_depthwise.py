@@ -20,7 +20,6 @@ from torch import Tensor
 from kernels import common, reference, tiles
 from kernels.expand_depthwise import expand_depthwise_bytes, expand_depthwise_launch
 from kernels.expand_depthwise_grads import expand_depthwise_grads_bytes, expand_depthwise_grads_launch
-from kernels.inverted_residual_passes import THIN
 from mnv2.model import layer_shapes
 
 pytestmark = pytest.mark.one_type
@@ -121,7 +120,7 @@ def operands(case, dtype, device, memory):
         image((N, c_mid, *side), dtype),
         image((N, c_out, *side), dtype),
         w1.to(dtype) if expands else None,
-        (w1 * stats1[2, :, None]).to(dtype) if expands and c_in <= THIN else None,
+        (w1 * stats1[2, :, None]).to(dtype) if expands and c_in <= tiles.THIN else None,
         stats1 if expands else None,
         wd.view(c_mid, 1, 3, 3),
         (w2 * coefs2[0]).to(dtype),
@@ -310,7 +309,7 @@ def test_launches_move_the_bytes_of_their_formulas(name, rows, monkeypatch):
     monkeypatch.setattr(tiles, "MIN_ROWS", rows)
     N, H, W, c_in, c_mid, c_out, stride, padding = CASES[name]
     expands, c_mid = c_mid is not None, c_mid or c_in
-    side, thin = (-(-H // stride), -(-W // stride)), expands and c_in <= THIN
+    side, thin = (-(-H // stride), -(-W // stride)), expands and c_in <= tiles.THIN
     x, d, dp, out = (nhwc(N, C, *size) for C, size in ((c_in, (H, W)), (c_mid, side), (c_out, side), (c_mid, (H, W))))
     w1, scaled = (torch.zeros(c_mid, c_in, dtype=torch.float16) if expands else None for _ in range(2))
     stats1, stats2, coefs2 = (torch.zeros(rows, c_mid) for rows in (4, 4, 3))

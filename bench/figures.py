@@ -1,0 +1,42 @@
+"""What the reports of a network's figures have in common: checks of its sizes, and the record of what they found."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mnv2.config import InputError
+from mnv2.logs import versions
+from mnv2.model import check_alpha
+
+
+def check_sizes(alpha: float, **positive: int) -> None:
+    """Raise InputError unless ``alpha`` is a width multiplier and the others, by their names, are positive."""
+    for name, value in positive.items():
+        if value < 1:
+            raise InputError(f"{name}: expected a positive integer, got {value}")
+    try:
+        check_alpha(alpha)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def run_interpreted(module: str, words: Sequence[str]) -> int:
+    """Run ``python -m module words`` with Triton's interpreter; its exit status.
+
+    Triton reads the variable where kernels are defined, so it takes a process of its own.
+    """
+    command = [sys.executable, "-m", module, *words]
+    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+
+
+def write(path: str, module: str, words: Sequence[str], figures: dict[str, Any]) -> None:
+    """Write ``figures`` as JSON with the command that found them and the versions of what it ran on."""
+    command = shlex.join(["python", "-m", module, *words])
+    with open(path, "w") as file:
+        file.write(json.dumps({**figures, "command": command, "versions": versions()}, indent=2) + "\n")
