@@ -36,7 +36,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from tqdm import tqdm
 
 from bench import sass, tile_record
-from bench.cases import BATCH, TRAINING, WORK, Case, Work, blocks_of_network, every, sample, training_of_network
+from bench.cases import (
+    BATCH,
+    TRAINING,
+    WORK,
+    Case,
+    Work,
+    blocks_of_network,
+    every,
+    sample,
+    sizes_of,
+    training_of_network,
+)
 from bench.sass import Facts
 
 if TYPE_CHECKING:
@@ -185,7 +196,7 @@ def report(row: Row, facts: Facts) -> Facts:
         a_warp = facts["loop"] * work.compiled_trips(facts) or facts["instructions"]
     issued = programs * facts["warps"] * a_warp
     limits = bounds(row, facts)
-    blocks = {name: size for name, size in work.launch.arguments.items() if name.startswith(TILE)}
+    blocks = {name: size for name, size in sizes_of(work.launch).items() if name.startswith(TILE) and size}
     return {
         **{name: value for name, value in dataclasses.asdict(case).items() if name != "side"},
         "shape": case.shape,
@@ -220,9 +231,9 @@ def failures(rows: Iterable[Row], compiled: Mapping[str, Facts]) -> list[str]:
 def products(launch: Launch) -> int:
     """Products of matrices that a block's kernel unrolls, by which its compilation takes long; 0 for other kernels."""
     at = launch.arguments
-    if "WIDE" in at:  # a walk of training: about as many as columns, rows and pieces of what it multiplies
-        pieces = -(-at["C_IN"] // at["BLOCK_K"]) + -(-at.get("C_OUT", 0) // at.get("BLOCK_O", 1))
-        return at["COLUMNS"] * at["STRIDE"] ** 2 * at["UNROLL"] * pieces
+    if walk := at.get("walk"):  # about as many as columns, rows and pieces of what it multiplies
+        pieces = -(-walk.c_in // walk.BLOCK_K) + -(-walk.c_out // max(walk.BLOCK_O, 1))
+        return walk.own * walk.stride * walk.UNROLL * pieces
     if "TILE_H" not in at:
         return 0
     halo = math.prod((at[tile] - 1) * at["STRIDE"] + 3 for tile in ("TILE_H", "TILE_W"))

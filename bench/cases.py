@@ -107,6 +107,12 @@ class Work(NamedTuple):
         return 1 + round((macs - rest) / (facts["inner_macs"] * (self.walks if around else 1)))
 
 
+def sizes_of(launch: Any) -> Mapping[str, Any]:
+    """Arguments of the launch by name, with those of its walk down the image where it has one."""
+    at = launch.arguments
+    return {**at, **vars(at["walk"])} if "walk" in at else at
+
+
 def _like(case: Case) -> Any:
     import torch
 

@@ -40,6 +40,7 @@ def _expand_sums_kernel(
     x_ptr,
     dz_ptr,
     partials_ptr,
+    beta_ptr,
     M,
     ROWS,
     blocks_n,
@@ -55,7 +56,9 @@ def _expand_sums_kernel(
     offs_e = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_i = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_e, mask_i = offs_e < C_MID, offs_i < C_IN
+    ones = tl.full([BLOCK_K, 8], 1.0, dz_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    beta = tl.zeros([BLOCK_M, 8], tl.float32)
     for k in range(0, ROWS, BLOCK_K):
         pixels = first + k + tl.arange(0, BLOCK_K)
         inside = pixels < M
@@ -64,6 +67,10 @@ def _expand_sums_kernel(
         dz = tl.load(dz_ptrs, mask=inside[:, None] & mask_e[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=inside[:, None] & mask_i[None, :], other=0.0)
         total = tl.dot(tl.trans(dz), x, total, input_precision=PRECISION)
+        beta = tl.dot(tl.trans(dz), ones, beta, input_precision=PRECISION)
+    beta = tl.sum(beta, axis=1) * 0.125  # of eight equal columns
+    mask = mask_e & (tl.program_id(0) % blocks_n == 0)
+    tl.store(beta_ptr + tl.program_id(1).to(tl.int64) * C_MID + offs_e, beta, mask=mask)
     out = partials_ptr + tl.program_id(1).to(tl.int64) * C_IN * C_MID
     tl.store(out + offs_i[None, :] * C_MID + offs_e[:, None], total, mask=mask_e[:, None] & mask_i[None, :])
 
@@ -81,8 +88,9 @@ def expand_sums_programs(x: Tensor, dz: Tensor) -> int:
     return cdiv(x[:, 0].numel(), _expand_sums_rows(x, dz))
 
 
-def expand_sums_launch(x: Tensor, dz: Tensor, partials: Tensor) -> Launch:
-    """S of ``x [N, c_in, H, W]`` and ``dz [N, c_mid, H, W]``, in fp32 ``partials [P, c_in, c_mid]``.
+def expand_sums_launch(x: Tensor, dz: Tensor, partials: Tensor, beta: Tensor) -> Launch:
+    """S of ``x [N, c_in, H, W]`` and ``dz [N, c_mid, H, W]``, in fp32 ``partials [P, c_in, c_mid]``, and dbeta1 in
+    ``beta [P, 1, c_mid]``.
 
     P is ``expand_sums_programs(x, dz)``. A program owns BLOCK_M channels of c_mid, BLOCK_N of c_in, and so many pixels
     that there are about as many programs as processors.
@@ -94,6 +102,7 @@ def expand_sums_launch(x: Tensor, dz: Tensor, partials: Tensor) -> Launch:
         x_ptr=x,
         dz_ptr=dz,
         partials_ptr=partials,
+        beta_ptr=beta,
         M=N * H * W,
         ROWS=ROWS,
         blocks_n=blocks_n,
@@ -109,11 +118,12 @@ def expand_sums_launch(x: Tensor, dz: Tensor, partials: Tensor) -> Launch:
     return Launch(_expand_sums_kernel, grid, arguments, tile.num_warps, tile.num_stages, tile.spill_bytes, steps)
 
 
-def expand_sums_bytes(x: Tensor, dz: Tensor, partials: Tensor) -> Traffic:
+def expand_sums_bytes(x: Tensor, dz: Tensor, partials: Tensor, beta: Tensor) -> Traffic:
     """Bytes of ``expand_sums_launch``: X for each block of c_mid, dZ1 for each block of c_in, each partial once."""
     tile = tiles.expand_sums_tile(x.shape[1], x.element_size())
     loaded = x.nbytes * cdiv(dz.shape[1], tile.BLOCK_M) + dz.nbytes * cdiv(x.shape[1], tile.BLOCK_N)
-    return Traffic(x.nbytes + dz.nbytes, partials.nbytes, loaded, partials.nbytes)
+    written = partials.nbytes + beta.nbytes
+    return Traffic(x.nbytes + dz.nbytes, written, loaded, written)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
     forward    P1  mean and Gram matrix of X, from them BN1          P2  X -> D, and its moments for BN2
                P3  D -> P, and its moments for BN3                   P4  P (, X) -> Y
     backward   B0  dY, P -> sums of BN3; dP                          B1  D, dP -> dW2 and sums of BN2
-               B2  X, D, dP -> dWd, dbeta1 and T, S or dZ1           B3  T or dZ1, X (, dY) -> dX
+               B2  X, D, dP -> dWd and T, S, dbeta1 or dZ1           B3  T or dZ1, X (, dY) -> dX
 
 between them the finalisers of ``norms.py`` and ``expand_grads.py``. ``README.md`` derives them.
 
@@ -278,11 +278,13 @@ def _front(
             dx = common.allocate_like(x)
             run(expand_grads.input_grad_launch, dx, out, dy=residual)
         return found._replace(x=dx)
-    s, c_in = sums["s_ptr"], w1.shape[1]
+    c_in = w1.shape[1]
+    s, dbeta = sums["s_ptr"], sums["beta_ptr"]
     if not thin:
-        s = common.allocate((expand_grads.expand_sums_programs(x, out), c_in, c_mid), x, torch.float32)
-        run(expand_grads.expand_sums_launch, x, out, s)
-    grads1, pull, dw1 = _expand_grads(run, s, sums["beta_ptr"], w1, block, saved)
+        programs = expand_grads.expand_sums_programs(x, out)
+        s, dbeta = (common.allocate((programs, rows, c_mid), x, torch.float32) for rows in (c_in, 1))
+        run(expand_grads.expand_sums_launch, x, out, s, dbeta)
+    grads1, pull, dw1 = _expand_grads(run, s, dbeta, w1, block, saved)
     found = found._replace(w1=dw1, norm1=grads1)
     batch = block.norm1.batch_stats
     if not need.x:

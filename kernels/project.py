@@ -24,7 +24,6 @@ from torch import Tensor
 
 from . import common, tiles
 from .common import Launch, Traffic, cdiv
-from .expand_depthwise import operand_bytes
 from .partials import store_moments
 from .register_tiles import (
     blocks,
@@ -34,6 +33,7 @@ from .register_tiles import (
     load_masked,
     load_weight,
     needs_mask,
+    operand_bytes,
     product,
     surplus_again,
     zeros,
@@ -154,7 +154,7 @@ def _project_grads_kernel(
     mask_e = offs_e < C_MID
     offs_o = tl.arange(0, BLOCK_O)
     offs_y = surplus_again(offs_o, C_OUT, BLOCK_O)
-    w2 = load_weight(w2_ptr, offs_e, 1, offs_o, C_MID, C_OUT, mask_e, OC, BLOCK_O)
+    w2 = load_weight(w2_ptr, offs_e, 1, offs_o, C_MID, C_OUT, mask_e, MASK_E, OC, BLOCK_O)
     mean = load_channels(stats_ptr, offs_e, mask_e, MASK_E)
     scale = load_channels(stats_ptr + 2 * C_MID, offs_e, mask_e, MASK_E)
     shift = (load_channels(stats_ptr + 3 * C_MID, offs_e, mask_e, MASK_E) + mean * scale) * (1 / 6)  # beta2 / 6

@@ -1,4 +1,4 @@
-"""Register tiles of the passes that walk down an image with a block of channels (``expand_depthwise*.py``).
+"""Register tiles of the passes that walk down an image with a block of channels (``walks.py``).
 
 A tile is [BLOCK_E channels, pixels], channels along the rows of the matrix product. BLOCK_S *strips* (an image and a
 block of COLUMNS columns of it) are a column of BLOCK_S pixels, one from each strip. With 8 strips a warp's 16 channels
@@ -130,13 +130,37 @@ def surplus_again(offs, C: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_weight(ptr, offs_e, stride_e, offs_c, stride_c, C, MASK, n: tl.constexpr, BLOCK: tl.constexpr):
+def store_masked(ptrs, tile, rows, columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """Store a tile, with only the masks that can fail."""
+    if MASK_ROWS and MASK_COLUMNS:
+        tl.store(ptrs, tile, mask=rows[:, None] & columns[None, :])
+    elif MASK_ROWS:
+        tl.store(ptrs, tile, mask=rows[:, None])
+    elif MASK_COLUMNS:
+        tl.store(ptrs, tile, mask=columns[None, :])
+    else:
+        tl.store(ptrs, tile)
+
+
+@triton.jit
+def load_weight(
+    ptr,
+    offs_e,
+    stride_e,
+    offs_c,
+    stride_c,
+    C: tl.constexpr,
+    mask_e,
+    MASK_E: tl.constexpr,
+    n: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """N tiles [BLOCK_E, BLOCK] of a matrix, side by side along C, as they are in memory; 0 outside."""
     tiles = ()
     for k in tl.static_range(n):
         offs = k * BLOCK + offs_c
-        mask = MASK[:, None] & (offs < C)[None, :]
-        tiles = tiles + (tl.load(ptr + offs_e[:, None] * stride_e + offs[None, :] * stride_c, mask=mask, other=0.0),)
+        ptrs = ptr + offs_e[:, None] * stride_e + offs[None, :] * stride_c
+        tiles = tiles + (load_masked(ptrs, mask_e, offs < C, MASK_E, (k + 1) * BLOCK > C),)
     return tiles
 
 
@@ -187,3 +211,8 @@ def hide_join(tile, ASSEMBLY: tl.constexpr):
     if ASSEMBLY:
         tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], tile.dtype, False, 1)
     return tile
+
+
+def operand_bytes(C: int, BLOCK: int, element_size: int) -> int:
+    """Bytes that a product requests of a pixel's C channels, surplus included."""
+    return (BLOCK if C < BLOCK and C % 8 == 0 else C) * element_size

@@ -388,7 +388,7 @@ def test_the_sample_of_training_has_every_type_and_both_paddings():
     launches = [cases.WORK["B2"](case).launch for case in walks]
     assert {launch.arguments["t_ptr"] is None for launch in launches} == {False, True}
     (single,) = (at.arguments for case, at in zip(walks, launches, strict=True) if case.dtype == "fp32")
-    assert single["PRECISION"] == "tf32"
+    assert single["walk"].precision == "tf32"
 
 
 def test_every_pass_of_the_network_in_training_is_compiled():
@@ -406,7 +406,7 @@ def test_a_walk_back_has_two_loops_where_it_makes_t(c_in, c_mid, side, blocks):
     work = cases.WORK["B2"](cases.Case(90, "B2", c_mid, side, 1, c_in=c_in, c_out=c_in))
     assert work.elements == 256 * side**2 * c_mid
     assert work.walks == blocks
-    assert work.trips == work.launch.arguments["ROWS"] // work.launch.arguments["UNROLL"]
+    assert work.trips == work.launch.arguments["ROWS"] // work.launch.arguments["walk"].UNROLL
 
 
 def test_a_projection_walks_over_channels_for_each_tile_of_pixels():

@@ -117,12 +117,17 @@ def stats_of(o: Operands, gram: Tensor, frozen: bool) -> Tensor:
     return torch.stack([mean, rstd, scale, o.beta.double() - mean * scale]).float()
 
 
-def s_of(x: Tensor, dz: Tensor) -> Tensor:
-    """S [c_mid, c_in] by the kernel, summed."""
+def sums_of(x: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+    """S [c_mid, c_in] and dbeta1 [c_mid] by the kernel, summed."""
+    s, beta = partials_of(x, dz)
+    expand_grads.expand_sums_launch(x, dz, s, beta).run(x.device)
+    return s.double().sum(0).t().contiguous(), beta.double().sum((0, 1))
+
+
+def partials_of(x: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+    """Where ``expand_sums_launch`` leaves S and dbeta1."""
     P = expand_grads.expand_sums_programs(x, dz)
-    partials = common.allocate((P, x.shape[1], dz.shape[1]), x, torch.float32)
-    expand_grads.expand_sums_launch(x, dz, partials).run(x.device)
-    return partials.double().sum(0).t().contiguous()
+    return tuple(common.allocate((P, rows, dz.shape[1]), x, torch.float32) for rows in (x.shape[1], 1))
 
 
 def weight_grad(o, stats, gram, local=None, global_sums=None, *, only_sums=False):
@@ -133,7 +138,7 @@ def weight_grad(o, stats, gram, local=None, global_sums=None, *, only_sums=False
     sums = common.allocate((2, c_mid), o.weight, torch.float64)
     grads = common.allocate((2, c_mid), o.weight, torch.float32)
     name = str(o.x.dtype).removeprefix("torch.")
-    s, dbeta = s_of(o.x, o.dz), pixels(o.dz).sum(0)
+    s, dbeta = sums_of(o.x, o.dz)
     tensors = (s, dbeta, stats, o.weight, gram, local, global_sums, dweight, sums, grads, pull)
     expand_grads.expand_weight_grad_launch(*tensors, name).run(o.x.device)
     return dweight, sums, grads, pull
@@ -276,7 +281,7 @@ def test_a_block_without_expansion_adds_its_residual(dtype, device, memory):
 
 def test_two_runs_give_the_same_bits(dtype, device, memory):
     o = operands(CASES["three programs of S, two blocks of c_mid"], dtype, device, memory)
-    assert torch.equal(s_of(o.x, o.dz), s_of(o.x, o.dz))
+    assert all(map(torch.equal, sums_of(o.x, o.dz), sums_of(o.x, o.dz)))
 
 
 @pytest.mark.parametrize(("c_in", "c_mid", "side"), [(64, 384, 14), (160, 960, 7), (224, 1344, 7)])
@@ -286,7 +291,7 @@ def test_partials_of_s_are_few_and_programs_enough(c_in, c_mid, side, monkeypatc
         torch.empty((256, C, side, side), dtype=torch.float16, device="meta", memory_format=torch.channels_last)
         for C in (c_in, c_mid)
     )
-    blocks, P = expand_grads.expand_sums_launch(x, dz, None).grid
+    blocks, P = expand_grads.expand_sums_launch(x, dz, None, None).grid
     assert 132 <= blocks * P <= 264
     assert P * c_in * c_mid * 4 <= (x.nbytes + dz.nbytes) / 8
 
@@ -307,8 +312,8 @@ def test_launches_move_the_bytes_of_their_formulas(shape):
     N, c_in, c_mid, H, W = shape
     x, dx, dy, t = (nhwc(N, c_in, H, W) for _ in range(4))
     dz = nhwc(N, c_mid, H, W)
-    partials = torch.zeros(expand_grads.expand_sums_programs(x, dz), c_in, c_mid)
-    assert_counted(expand_grads.expand_sums_launch(x, dz, partials), expand_grads.expand_sums_bytes(x, dz, partials))
+    arguments = (x, dz, *partials_of(x, dz))
+    assert_counted(expand_grads.expand_sums_launch(*arguments), expand_grads.expand_sums_bytes(*arguments))
 
     c_mid = min(c_mid, 21)  # three programs for the gradient of W1
     dz = nhwc(N, c_mid, H, W)
@@ -341,7 +346,7 @@ def test_launches_move_the_bytes_of_their_formulas(shape):
 def test_the_cases_have_several_programs_in_each_direction():
     grids, steps = [], []
     for N, c_in, c_mid, H, W in CASES.values():
-        launch = expand_grads.expand_sums_launch(nhwc(N, c_in, H, W), nhwc(N, c_mid, H, W), None)
+        launch = expand_grads.expand_sums_launch(nhwc(N, c_in, H, W), nhwc(N, c_mid, H, W), None, None)
         at = launch.arguments
         grids.append((launch.grid[1], at["blocks_n"], launch.grid[0] // at["blocks_n"]))
         steps.append(launch.trips)

@@ -112,18 +112,23 @@ P3, B1 = (project, "_project_kernel"), (project, "_project_grads_kernel")
 PASS_FAULTS = {
     "BN1's shift left and right of the image": (
         *P2,
-        "shift = shift * columns.to(tl.float32)[None, :]",
-        "shift = shift * 1.0",
+        "halo & row, halo, weights",
+        "halo & row, halo >= 0, weights",
         "D: error",
     ),
     "BN1's shift above the image": (*P2, "shift * row.to(tl.float32)", "shift * 1.0", "D: error"),
     "moments of columns outside": (*P2, "b * WIDE_OUT + j < own_columns", "own_columns >= 0", "mean: error"),
-    "the right column of the halo for the left": (*P2, "g.own + 1 if c > 0 and", "g.own + 1 if c < 0 and", "D: error"),
+    "the right column of the halo for the left": (
+        *P2,
+        "walk.own + 1 if c > 0 and",
+        "walk.own + 1 if c < 0 and",
+        "D: error",
+    ),
     "T begun again by each block of channels": (*B2, "block == 0,", "block >= 0,", "T: error"),
     "the left column of the halo for the right": (
         *B2,
-        "g.columns if x == g.first_halo else g.columns + 1",
-        "g.columns if x != g.first_halo else g.columns + 1",
+        "if x > 0 or walk.halo == 1",
+        "if x < 0 or walk.halo == 1",
         "dWd: error",
     ),
     "dD's constant outside the image": (
