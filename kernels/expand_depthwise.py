@@ -54,18 +54,7 @@ def _checks(first: int, n: int, walk: Walk) -> bool:
 
 
 @triton.jit
-def _row(
-    ptrs,
-    row,
-    inside,
-    weights,
-    scale,
-    shift,
-    offs_k,
-    mask_e,
-    walk: tl.constexpr,
-    CHECK_ROW: tl.constexpr,
-):
+def _row(ptrs, row, inside, expansion, walk: tl.constexpr, CHECK_ROW: tl.constexpr):
     """A row of A as a tuple of tiles [BLOCK_E, BLOCK_S]: a strip's own columns, then those of the halo.
 
     ``ptrs`` are those of the first WIDE columns and of the halo, ``inside`` says of all what lies in the image, ``row``
@@ -73,26 +62,14 @@ def _row(
     """
     own_ptrs, halo_ptrs = ptrs
     columns, halo = inside
-    shift = shift * row.to(tl.float32)
+    CHECK: tl.constexpr = CHECK_ROW or walk.check
     tiles = ()
     for b in tl.static_range(walk.own // walk.WIDE):
-        a = activation(
-            own_ptrs + b * walk.WIDE * walk.c_x,
-            columns[b] & row,
-            columns[b],
-            weights,
-            scale,
-            shift,
-            offs_k,
-            mask_e,
-            walk,
-            walk.WIDE,
-            CHECK_ROW or walk.check,
-            walk.check,
-        )
+        at = own_ptrs + b * walk.WIDE * walk.c_x
+        a = activation(at, columns[b] & row, columns[b], row, expansion, walk, walk.WIDE, CHECK, walk.check)
         tiles = tiles + parted(a, walk.WIDE, walk.BLOCK_E, walk.BLOCK_S)
     if walk.halo > 0:
-        a = activation(halo_ptrs, halo & row, halo, weights, scale, shift, offs_k, mask_e, walk, walk.halo, True, True)
+        a = activation(halo_ptrs, halo & row, halo, row, expansion, walk, walk.halo, True, True)
         tiles = tiles + parted(a, walk.halo, walk.BLOCK_E, walk.BLOCK_S)
     return tiles
 
@@ -180,7 +157,7 @@ def _expand_depthwise_kernel(
     n, x_out, there = strip_columns(first, strips, column, walk.COLUMNS, walk)
     pixel = ((n * walk.H_out + y0) * walk.W_out + x_out).to(tl.int64)
     d_ptrs = d_ptr + pixel[None, :] * walk.c_mid + offs_e[:, None]
-    weights, scale, shift = load_expansion(w1_ptr, stats_ptr, offs_e, mask_e, offs_k, dtype, walk)
+    expansion = load_expansion(w1_ptr, stats_ptr, offs_e, mask_e, offs_k, dtype, walk)
     taps = load_taps(wd_ptr, offs_e, mask_e, 6.0 if walk.expands else 1.0, walk)
     strip = first + tl.arange(0, walk.BLOCK_S)
     own_columns = tl.minimum(walk.W_out - strip % walk.per_image * walk.COLUMNS, walk.COLUMNS)
@@ -189,13 +166,14 @@ def _expand_depthwise_kernel(
 
     yes = y0 >= 0
     above = yes if walk.pad_h == 0 else y0 > 0
-    r0 = _row(_below(ptrs, -1, walk), above, inside, weights, scale, shift, offs_k, mask_e, walk, walk.pad_h == 1)
+    r0 = _row(_below(ptrs, -1, walk), above, inside, expansion, walk, walk.pad_h == 1)
     if walk.stride == 1:
-        r1 = _row(ptrs, yes, inside, weights, scale, shift, offs_k, mask_e, walk, False)
+        r1 = _row(ptrs, yes, inside, expansion, walk, False)
     # Moments of each strip and channel, about a mean that follows: none is so far off that it costs digits.
     mean = _estimate(r1 if walk.stride == 1 else r0, taps)
     second = tl.zeros(mean.shape, tl.float32)
     if walk.expands:
+        _, scale, shift, _, _ = expansion
         mean += tl.broadcast_to((scale + shift) * 0.0, mean.shape)  # NaN if they are, which the clamp of A would hide
     CHECK: tl.constexpr = (walk.H_out - 1) * walk.stride + 2 - walk.pad_h >= walk.H  # the third row may lie below
     for step in range(0, y1 - y0, UNROLL):
@@ -204,10 +182,10 @@ def _expand_depthwise_kernel(
             if walk.stride == 1:
                 middle = r1
             else:
-                middle = _row(ptrs, yes, inside, weights, scale, shift, offs_k, mask_e, walk, False)
+                middle = _row(ptrs, yes, inside, expansion, walk, False)
             below = (y0 + step + u) * walk.stride + 2 - walk.pad_h < walk.H
             ptrs = _below(ptrs, 1, walk)
-            r2 = _row(ptrs, below, inside, weights, scale, shift, offs_k, mask_e, walk, CHECK)
+            r2 = _row(ptrs, below, inside, expansion, walk, CHECK)
             if walk.stride == 2:
                 ptrs = _below(ptrs, 1, walk)
             for b in tl.static_range(walk.COLUMNS // WIDE_OUT):

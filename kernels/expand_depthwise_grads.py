@@ -87,22 +87,25 @@ def _checks(py: int, walk: Walk) -> bool:
 
 
 @triton.jit
-def _depthwise_out_grad(
-    ptrs,
-    inside,
-    row,
-    norm,
-    w2,
-    eye,
-    offs_o,
-    mask_e,
-    walk: tl.constexpr,
-    n: tl.constexpr,
-    CHECK: tl.constexpr,
-):
+def _load_projection(w2_ptr, stats2_ptr, coefs2_ptr, offs_e, mask_e, offs_o, dtype: tl.constexpr, walk: tl.constexpr):
+    """What makes dD of dP and D: W2 as tiles [BLOCK_E, BLOCK_O] and BN2 as columns [BLOCK_E, 1].
+
+    A tuple of these, the identity by which D is loaded, and what addresses the channels.
+    """
+    OC: tl.constexpr = blocks(walk.c_out, walk.BLOCK_O)
+    w2 = load_weight(w2_ptr, offs_e, 1, offs_o, walk.c_mid, walk.c_out, mask_e, walk.mask_e, OC, walk.BLOCK_O)
+    scale = load_channels(stats2_ptr + 2 * walk.c_mid, offs_e, mask_e, walk.mask_e)
+    shift = load_channels(stats2_ptr + 3 * walk.c_mid, offs_e, mask_e, walk.mask_e) - 3.0
+    cb = load_channels(coefs2_ptr + walk.c_mid, offs_e, mask_e, walk.mask_e)
+    cc = load_channels(coefs2_ptr + 2 * walk.c_mid, offs_e, mask_e, walk.mask_e)
+    return w2, scale, shift, cb, cc, identity(walk.BLOCK_E, dtype), offs_o, mask_e
+
+
+@triton.jit
+def _depthwise_out_grad(ptrs, inside, row, projection, walk: tl.constexpr, n: tl.constexpr, CHECK: tl.constexpr):
     """DD of n columns, 0 where they are outside the image or ``row`` is 0, as a tuple of tiles."""
     d_ptrs, dp_ptrs = ptrs
-    scale, shift, cb, cc = norm
+    w2, scale, shift, cb, cc, eye, offs_o, mask_e = projection
     PIXELS: tl.constexpr = n * walk.BLOCK_S
     db = product(w2, dp_ptrs, inside, offs_o, walk.c_out, walk.BLOCK_O, walk.BLOCK_E, PIXELS, CHECK, walk.precision)
     d = load_exact(eye, d_ptrs, mask_e, inside, walk.mask_e, CHECK)
@@ -116,16 +119,16 @@ def _depthwise_out_grad(
 
 
 @triton.jit
-def _row(ptrs, there, inside, norm, w2, eye, offs_o, mask_e, walk: tl.constexpr):
+def _row(ptrs, there, inside, projection, walk: tl.constexpr):
     """A row of dD: a strip's own columns, then those of the halo; zeros where it isn't ``there``, in the image.
 
     ``ptrs`` are those of D and dP, of a strip's own columns and then of the halo, and so is ``inside``.
     """
     row = there.to(tl.float32)
     own, halo = inside
-    out = _depthwise_out_grad(ptrs[:2], own, row, norm, w2, eye, offs_o, mask_e, walk, walk.COLUMNS, walk.check_out)
+    out = _depthwise_out_grad(ptrs[:2], own, row, projection, walk, walk.COLUMNS, walk.check_out)
     if walk.halo > 0:
-        out = out + _depthwise_out_grad(ptrs[2:], halo, row, norm, w2, eye, offs_o, mask_e, walk, walk.halo, True)
+        out = out + _depthwise_out_grad(ptrs[2:], halo, row, projection, walk, walk.halo, True)
     return out
 
 
@@ -155,13 +158,9 @@ def _expanded_grad(
     ptrs,
     inside,
     rows,
-    weights,
-    scale,
-    shift,
+    expansion,
     taps,
     sums,
-    offs_k,
-    mask_e,
     walk: tl.constexpr,
     py: tl.constexpr,
     first: tl.constexpr,
@@ -169,7 +168,7 @@ def _expanded_grad(
 ):
     """DZ1 (without an expansion dA) of WIDE columns of X from ``first`` on, and the sums for dWd with their share."""
     WIDE: tl.constexpr = walk.WIDE
-    wide = activation(ptrs, inside, inside, weights, scale, shift, offs_k, mask_e, walk, WIDE, CHECK, CHECK)
+    wide = activation(ptrs, inside, inside, None, expansion, walk, WIDE, CHECK, CHECK)
     a = parted(wide, WIDE, walk.BLOCK_E, walk.BLOCK_S)
     dz = ()
     for j in tl.static_range(WIDE):
@@ -181,15 +180,14 @@ def _expanded_grad(
 
 
 @triton.jit
-def _add_to_thin(
-    dz, x_ptrs, t_ptrs, inside, scaled, s_sums, b_sums, first, offs_k, walk: tl.constexpr, CHECK: tl.constexpr
-):
+def _add_to_thin(dz, x_ptrs, t_ptrs, inside, thin, s_sums, b_sums, walk: tl.constexpr, CHECK: tl.constexpr):
     """Add what a block of channels ``dz [BLOCK_E, pixels]`` has of T; its sums X^T dZ1 and of dZ1."""
+    scaled, fresh, offs_k = thin
     sums = ()
     for k in tl.static_range(blocks(walk.c_in, walk.BLOCK_K)):
         at = k * walk.BLOCK_K
         mask = inside[:, None] & (at + offs_k < walk.c_in)[None, :]
-        before = tl.load(t_ptrs + at, mask=mask & (first == 0), other=0.0).to(tl.float32)
+        before = tl.load(t_ptrs + at, mask=mask & (fresh == 0), other=0.0).to(tl.float32)
         t = tl.dot(tl.trans(dz), scaled[k], before, input_precision=walk.precision)
         tl.store(t_ptrs + at, t.to(t_ptrs.dtype.element_ty), mask=mask)
         surplus: tl.constexpr = needs_mask(k, walk.c_in, walk.BLOCK_K)
@@ -202,10 +200,74 @@ def _add_to_thin(
 
 
 @triton.jit
-def _store_sums(taps_ptr, beta_ptr, s_ptr, program, sums, b_sums, s_sums, offs_e, mask_e, offs_k, walk: tl.constexpr):
+def _rows_of_x(
+    ptrs,
+    there,
+    x_in,
+    y,
+    rows,
+    expansion,
+    taps,
+    thin,
+    sums,
+    walk: tl.constexpr,
+    THIN: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Go through a step's rows of X below three ``rows`` of dD: store dZ1 or add it to T, and return the sums.
+
+    ``ptrs`` are those of X, of X in the other layout, and of T or dZ1, ``there`` and ``x_in`` their strips and columns,
+    ``y`` the step's row of D.
+    """
+    STRIDE: tl.constexpr = walk.stride
+    x_ptrs, again_ptrs, out_ptrs = ptrs
+    wd_sums, s_sums, b_sums = sums
+    for py in tl.static_range(STRIDE):
+        for b in tl.static_range(walk.own // walk.WIDE):
+            at = py * walk.W + b * walk.WIDE
+            inside = there & (x_in + b * walk.WIDE < walk.W)
+            if py == 1 and walk.H % 2 == 1:
+                inside = inside & (y * walk.stride + py < walk.H)
+            x = x_ptrs + at * walk.c_x
+            dz, wd_sums = _expanded_grad(
+                x, inside, rows, expansion, taps, wd_sums, walk, py, b * walk.WIDE, _checks(py, walk)
+            )
+            dz = hide_join(dz, ASSEMBLY).to(out_ptrs.dtype.element_ty)
+            if THIN:
+                again, t = again_ptrs + at * walk.c_in, out_ptrs + at * walk.c_in
+                s_sums, b_sums = _add_to_thin(dz, again, t, inside, thin, s_sums, b_sums, walk, _checks(py, walk))
+            else:
+                _, _, _, _, mask_e = expansion
+                store_masked(out_ptrs + at * walk.c_mid, dz, mask_e, inside, walk.mask_e, _checks(py, walk))
+    return wd_sums, s_sums, b_sums
+
+
+@triton.jit
+def _pixels(first, strips, y_dd, y_in, walk: tl.constexpr):
+    """Pixels (64-bit) of a program's strips: of D in row ``y_dd``, own and halo, and which of them lie in the image; of
+    X in row ``y_in``, WIDE columns, with the strips that are there and their columns.
+    """
+    column = tl.arange(0, walk.COLUMNS * walk.BLOCK_S) // walk.BLOCK_S
+    n, x, there = strip_columns(first, strips, column, walk.COLUMNS, walk)
+    own = ((n * walk.H_out + y_dd) * walk.W_out + x).to(tl.int64)
+    own_inside = there & (x < walk.W_out)
+    column = tl.arange(0, (2 if walk.halo == 2 else 1) * walk.BLOCK_S) // walk.BLOCK_S
+    column = tl.where((column == 0) & (walk.pad_w == 1), walk.COLUMNS, -1)
+    n, x, there = strip_columns(first, strips, column, walk.COLUMNS, walk)
+    halo = ((n * walk.H_out + y_dd) * walk.W_out + x).to(tl.int64)
+    halo_inside = there & (x >= 0) & (x < walk.W_out)
+    column = tl.arange(0, walk.WIDE * walk.BLOCK_S) // walk.BLOCK_S
+    n, x_in, there = strip_columns(first, strips, column, walk.own, walk)
+    pixel = ((n * walk.H + y_in) * walk.W + x_in).to(tl.int64)
+    return own, halo, (own_inside, halo_inside), pixel, there, x_in
+
+
+@triton.jit
+def _store_sums(taps_ptr, beta_ptr, s_ptr, program, sums, offs_e, mask_e, offs_k, walk: tl.constexpr):
     """The program's partials: of dWd, and where they are made here those of dbeta1 and S."""
+    wd_sums, s_sums, b_sums = sums
     for t in tl.static_range(9):
-        total = tl.sum(sums[t], axis=1) * (6.0 if walk.expands else 1.0)
+        total = tl.sum(wd_sums[t], axis=1) * (6.0 if walk.expands else 1.0)
         tl.store(taps_ptr + (program * 9 + t) * walk.c_mid + offs_e, total, mask=mask_e)
     if s_ptr is not None:
         total = tl.sum(b_sums, axis=1) * 0.125  # of eight equal columns
@@ -242,62 +304,42 @@ def _expand_depthwise_grads_kernel(
 ):
     # A step is a row y of D with the rows of X at y stride and below it, for which dD is needed up to row y + pad_h.
     THIN: tl.constexpr = t_ptr is not None
-    STRIDE: tl.constexpr = walk.stride
     UNROLL: tl.constexpr = walk.UNROLL
     KC: tl.constexpr = blocks(walk.c_in, walk.BLOCK_K)
-    OC: tl.constexpr = blocks(walk.c_out, walk.BLOCK_O)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     pid = tl.program_id(0)
     y0 = (pid % chunks) * ROWS
     y1 = tl.minimum(y0 + ROWS, walk.H_out)
-    first = (pid // chunks) * walk.BLOCK_S
     offs_k = tl.arange(0, walk.BLOCK_K)
     offs_o = tl.arange(0, walk.BLOCK_O)
     offs_y = surplus_again(offs_o, walk.c_out, walk.BLOCK_O)
-
     # The first row of dD that the walk keeps: at stride 1 row y0 beside the one above it, else row y0 - 1 + pad_h.
     y_dd = tl.maximum(y0 + walk.pad_h - 1, 0)
-    column = tl.arange(0, walk.COLUMNS * walk.BLOCK_S) // walk.BLOCK_S
-    n, x, there = strip_columns(first, strips, column, walk.COLUMNS, walk)
-    own = ((n * walk.H_out + y_dd) * walk.W_out + x).to(tl.int64)
-    own_inside = there & (x < walk.W_out)
-    column = tl.arange(0, (2 if walk.halo == 2 else 1) * walk.BLOCK_S) // walk.BLOCK_S
-    column = tl.where((column == 0) & (walk.pad_w == 1), walk.COLUMNS, -1)
-    n, x, there = strip_columns(first, strips, column, walk.COLUMNS, walk)
-    halo = ((n * walk.H_out + y_dd) * walk.W_out + x).to(tl.int64)
-    inside_dd = (own_inside, there & (x >= 0) & (x < walk.W_out))
-    column = tl.arange(0, walk.WIDE * walk.BLOCK_S) // walk.BLOCK_S
-    n, x_in, there_in = strip_columns(first, strips, column, walk.own, walk)
-    pixel = ((n * walk.H + y0 * walk.stride) * walk.W + x_in).to(tl.int64)
-    eye = identity(walk.BLOCK_E, dtype)
-
+    own, halo, inside, pixel, there, x_in = _pixels(
+        (pid // chunks) * walk.BLOCK_S, strips, y_dd, y0 * walk.stride, walk
+    )
     for block in range(0, BLOCKS):
         offs_e = (tl.program_id(1) * BLOCKS + block) * walk.BLOCK_E + tl.arange(0, walk.BLOCK_E)
         mask_e = offs_e < walk.c_mid
-        weights, scale, shift = load_expansion(w1_ptr, stats1_ptr, offs_e, mask_e, offs_k, dtype, walk)
+        expansion = load_expansion(w1_ptr, stats1_ptr, offs_e, mask_e, offs_k, dtype, walk)
+        projection = _load_projection(w2_ptr, stats2_ptr, coefs2_ptr, offs_e, mask_e, offs_o, dtype, walk)
         taps = load_taps(wd_ptr, offs_e, mask_e, 1.0, walk)
-        w2 = load_weight(w2_ptr, offs_e, 1, offs_o, walk.c_mid, walk.c_out, mask_e, walk.mask_e, OC, walk.BLOCK_O)
-        norm = (
-            load_channels(stats2_ptr + 2 * walk.c_mid, offs_e, mask_e, walk.mask_e),
-            load_channels(stats2_ptr + 3 * walk.c_mid, offs_e, mask_e, walk.mask_e) - 3.0,
-            load_channels(coefs2_ptr + walk.c_mid, offs_e, mask_e, walk.mask_e),
-            load_channels(coefs2_ptr + 2 * walk.c_mid, offs_e, mask_e, walk.mask_e),
-        )
-        sums = zeros(9, walk.BLOCK_E, walk.BLOCK_S)
-        scaled = ()
+        thin = ()
         s_sums = ()
-        b_sums = zeros(1, walk.BLOCK_E, 8)[0]
+        offs_x = surplus_again(offs_k, walk.c_in, walk.BLOCK_K) if walk.expands else offs_e
+        x_ptrs = x_ptr + pixel[None, :] * walk.c_x + offs_x[:, None]
+        again_ptrs = x_ptrs
         if THIN:
             scaled = load_weight(
                 w1_scaled_ptr, offs_e, walk.c_in, offs_k, 1, walk.c_in, mask_e, walk.mask_e, KC, walk.BLOCK_K
             )
+            thin = (scaled, block == 0, offs_k)
             s_sums = zeros(KC, walk.BLOCK_E, walk.BLOCK_K)
-            t_ptrs = t_ptr + pixel[:, None] * walk.c_in + offs_k[None, :]
-            again_ptrs = x_ptr + pixel[:, None] * walk.c_in + surplus_again(offs_k, walk.c_in, walk.BLOCK_K)[None, :]
+            again_ptrs = x_ptr + pixel[:, None] * walk.c_in + offs_x[None, :]
+            out_ptrs = t_ptr + pixel[:, None] * walk.c_in + offs_k[None, :]
         else:
-            dz_ptrs = dz_ptr + pixel[None, :] * walk.c_mid + offs_e[:, None]
-        offs_x = surplus_again(offs_k, walk.c_in, walk.BLOCK_K) if walk.expands else offs_e
-        x_ptrs = x_ptr + pixel[None, :] * walk.c_x + offs_x[:, None]
+            out_ptrs = dz_ptr + pixel[None, :] * walk.c_mid + offs_e[:, None]
+        sums = (zeros(9, walk.BLOCK_E, walk.BLOCK_S), s_sums, zeros(1, walk.BLOCK_E, 8)[0])
         ptrs = (
             d_ptr + own[None, :] * walk.c_mid + offs_e[:, None],
             dp_ptr + own[None, :] * walk.c_out + offs_y[:, None],
@@ -307,66 +349,23 @@ def _expand_depthwise_grads_kernel(
 
         r0 = ()
         if walk.stride == 1:
-            above = _moved(ptrs, tl.where(y0 > 0, -walk.W_out, 0), walk)
-            r0 = _row(above, y0 > 0, inside_dd, norm, w2, eye, offs_o, mask_e, walk)
-        r1 = _row(ptrs, y0 + walk.pad_h > 0, inside_dd, norm, w2, eye, offs_o, mask_e, walk)
+            r0 = _row(_moved(ptrs, tl.where(y0 > 0, -walk.W_out, 0), walk), y0 > 0, inside, projection, walk)
+        r1 = _row(ptrs, y0 + walk.pad_h > 0, inside, projection, walk)
         for step in range(y0, y1, UNROLL):
             for u in tl.static_range(UNROLL):
                 y = step + u
                 more = y + walk.pad_h < walk.H_out
                 ptrs = _moved(ptrs, tl.where(more & (y + walk.pad_h > 0), walk.W_out, 0), walk)
-                r2 = _row(ptrs, more, inside_dd, norm, w2, eye, offs_o, mask_e, walk)
-                for py in tl.static_range(STRIDE):
-                    for b in tl.static_range(walk.own // walk.WIDE):
-                        at = py * walk.W + b * walk.WIDE
-                        inside = there_in & (x_in + b * walk.WIDE < walk.W)
-                        if py == 1 and walk.H % 2 == 1:
-                            inside = inside & (y * walk.stride + py < walk.H)
-                        dz, sums = _expanded_grad(
-                            x_ptrs + at * walk.c_x,
-                            inside,
-                            (r0, r1, r2),
-                            weights,
-                            scale,
-                            shift,
-                            taps,
-                            sums,
-                            offs_k,
-                            mask_e,
-                            walk,
-                            py,
-                            b * walk.WIDE,
-                            _checks(py, walk),
-                        )
-                        dz = hide_join(dz, ASSEMBLY).to(dtype)
-                        if THIN:
-                            x_again, t = again_ptrs + at * walk.c_in, t_ptrs + at * walk.c_in
-                            s_sums, b_sums = _add_to_thin(
-                                dz,
-                                x_again,
-                                t,
-                                inside,
-                                scaled,
-                                s_sums,
-                                b_sums,
-                                block == 0,
-                                offs_k,
-                                walk,
-                                _checks(py, walk),
-                            )
-                        else:
-                            store_masked(dz_ptrs + at * walk.c_mid, dz, mask_e, inside, walk.mask_e, _checks(py, walk))
+                r2 = _row(ptrs, more, inside, projection, walk)
+                of_x = (x_ptrs, again_ptrs, out_ptrs)
+                sums = _rows_of_x(of_x, there, x_in, y, (r0, r1, r2), expansion, taps, thin, sums, walk, THIN, ASSEMBLY)
                 x_ptrs += walk.stride * walk.W * walk.c_x
-                if THIN:
-                    t_ptrs += walk.stride * walk.W * walk.c_in
-                    again_ptrs += walk.stride * walk.W * walk.c_in
-                else:
-                    dz_ptrs += walk.stride * walk.W * walk.c_mid
+                again_ptrs += walk.stride * walk.W * walk.c_x
+                out_ptrs += walk.stride * walk.W * (walk.c_in if THIN else walk.c_mid)
                 if walk.stride == 1:
                     r0 = r1
                 r1 = r2
-        program = pid.to(tl.int64)
-        _store_sums(taps_ptr, beta_ptr, s_ptr, program, sums, b_sums, s_sums, offs_e, mask_e, offs_k, walk)
+        _store_sums(taps_ptr, beta_ptr, s_ptr, pid.to(tl.int64), sums, offs_e, mask_e, offs_k, walk)
         if THIN:
             tl.debug_barrier()  # the next block of channels reads T, which other threads have written
 

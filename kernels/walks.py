@@ -100,7 +100,10 @@ def strip_columns(first, strips, column, step, walk: tl.constexpr):
 
 @triton.jit
 def load_expansion(w1_ptr, stats_ptr, offs_e, mask_e, offs_k, dtype: tl.constexpr, walk: tl.constexpr):
-    """What makes A / 6 of X: W1 as tiles [BLOCK_E, BLOCK_K], scale and shift of BN1; the identity without expansion."""
+    """What makes A / 6 of X: W1 as tiles [BLOCK_E, BLOCK_K], scale and shift of BN1; the identity without expansion.
+
+    A tuple of these and of what addresses the channels: ``offs_k`` and ``mask_e``.
+    """
     if walk.expands:
         pieces: tl.constexpr = blocks(walk.c_in, walk.BLOCK_K)
         weights = load_weight(
@@ -112,7 +115,7 @@ def load_expansion(w1_ptr, stats_ptr, offs_e, mask_e, offs_k, dtype: tl.constexp
         weights = (identity(walk.BLOCK_E, dtype),)
         scale = 0.0
         shift = 0.0
-    return weights, scale, shift
+    return weights, scale, shift, offs_k, mask_e
 
 
 @triton.jit
@@ -129,11 +132,8 @@ def activation(
     ptrs,
     inside,
     columns,
-    weights,
-    scale,
-    shift,
-    offs_k,
-    mask_e,
+    row,
+    expansion,
     walk: tl.constexpr,
     n: tl.constexpr,
     CHECK: tl.constexpr,
@@ -141,9 +141,13 @@ def activation(
 ):
     """A / 6 of n columns of X, 0 where they aren't ``inside``; A itself without an expansion.
 
-    There X is loaded as 0, and so must the shift be: of ``columns`` here, of a row by the caller.
+    There X is loaded as 0, and the shift is multiplied by 0: ``columns`` and ``row`` say where for itself each, and
+    ``row`` is None where all rows lie in the image or ``columns`` knows those that don't.
     """
+    weights, scale, shift, offs_k, mask_e = expansion
     if walk.expands:
+        if row is not None:
+            shift = shift * row.to(tl.float32)
         PIXELS: tl.constexpr = n * walk.BLOCK_S
         a = product(weights, ptrs, inside, offs_k, walk.c_in, walk.BLOCK_K, walk.BLOCK_E, PIXELS, CHECK, walk.precision)
         shift = tl.broadcast_to(shift, a.shape)
