@@ -1,6 +1,6 @@
 """Gradients of the expansion E = X W1 and of BatchNorm 1, from dZ1 alone: neither E nor dE is ever formed.
 
-With W1 [c_in, c_mid] rounded to X's type, n pixels of X with mean m and second moments G = sum (x - m)(x - m)^T, and
+With W1 [c_in, c_mid] in X's type, n pixels of X with mean m and second moments G = sum (x - m)(x - m)^T, and
 scale and rstd of BN1:
 
     S      = X^T dZ1                                        dbeta1  = sum dZ1
@@ -117,10 +117,10 @@ def expand_sums_bytes(x: Tensor, dz: Tensor, partials: Tensor) -> Traffic:
 
 
 @triton.jit
-def _weight(w_ptr, offs_e, offs_i, C_IN: tl.constexpr, C_MID: tl.constexpr, X_DTYPE: tl.constexpr):
-    """W1 at these channels, which broadcast, rounded to X's type, in fp32; 0 outside."""
+def _weight(w_ptr, offs_e, offs_i, C_IN: tl.constexpr, C_MID: tl.constexpr):
+    """W1 at these channels, which broadcast, in fp32; 0 outside."""
     mask = (offs_e < C_MID) & (offs_i < C_IN)
-    return tl.load(w_ptr + offs_e * C_IN + offs_i, mask=mask, other=0.0).to(X_DTYPE).to(tl.float32)
+    return tl.load(w_ptr + offs_e * C_IN + offs_i, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -131,7 +131,6 @@ def _gram_product(
     offs_i,
     C_IN: tl.constexpr,
     C_MID: tl.constexpr,
-    X_DTYPE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -140,7 +139,7 @@ def _gram_product(
     product = tl.zeros([BLOCK_E, BLOCK_C], tl.float64)
     for k in range(0, C_IN, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        w = _weight(w_ptr, offs_e[:, None], offs_k[None, :], C_IN, C_MID, X_DTYPE).to(tl.float64)
+        w = _weight(w_ptr, offs_e[:, None], offs_k[None, :], C_IN, C_MID).to(tl.float64)
         rows = gram_ptr + 1 + C_IN + offs_k[:, None] * C_IN + offs_i[None, :]
         gram = tl.load(rows, mask=(offs_k < C_IN)[:, None] & (offs_i < C_IN)[None, :], other=0.0)
         product += tl.sum(w[:, :, None] * gram[None, :, :], axis=1)
@@ -162,7 +161,6 @@ def _expand_weight_grad_kernel(
     pull_ptr,
     C_IN: tl.constexpr,
     C_MID: tl.constexpr,
-    X_DTYPE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -176,7 +174,7 @@ def _expand_weight_grad_kernel(
     rstd = tl.load(stats_ptr + C_MID + offs_e, mask=mask_e, other=0.0).to(tl.float64)
     dbeta = tl.load(dbeta_ptr + offs_e, mask=mask_e, other=0.0)
     s = tl.load(s_ptr + offs, mask=mask, other=0.0)
-    w = _weight(w_ptr, offs_e[:, None], offs_i[None, :], C_IN, C_MID, X_DTYPE).to(tl.float64)
+    w = _weight(w_ptr, offs_e[:, None], offs_i[None, :], C_IN, C_MID).to(tl.float64)
     if gram_ptr is None:
         mean_e = tl.load(stats_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float64)
         dgamma = rstd * (tl.sum(w * s, axis=1) - mean_e * dbeta)
@@ -198,13 +196,9 @@ def _expand_weight_grad_kernel(
             n = tl.maximum(tl.load(gram_ptr), 1.0)  # of an empty batch
             pull_gamma, pull_beta = rstd * dgamma / n, dbeta / n
             if local_ptr is None:
-                product = _gram_product(
-                    w_ptr, gram_ptr, offs_e, offs_i, C_IN, C_MID, X_DTYPE, BLOCK_E, BLOCK_C, BLOCK_K
-                )
+                product = _gram_product(w_ptr, gram_ptr, offs_e, offs_i, C_IN, C_MID, BLOCK_E, BLOCK_C, BLOCK_K)
             else:
-                product = _gram_product(
-                    w_ptr, local_ptr, offs_e, offs_i, C_IN, C_MID, X_DTYPE, BLOCK_E, BLOCK_C, BLOCK_K
-                )
+                product = _gram_product(w_ptr, local_ptr, offs_e, offs_i, C_IN, C_MID, BLOCK_E, BLOCK_C, BLOCK_K)
                 shift = tl.load(local_ptr + 1 + offs_i, mask=mask_i, other=0.0) - mean
                 moved = tl.load(local_ptr) * shift[None, :]
                 product += moved * tl.sum(w * shift[None, :], axis=1)[:, None]
@@ -228,19 +222,18 @@ def expand_weight_grad_launch(
     sums: Tensor,
     grads: Tensor,
     pull: Tensor | None,
-    x_dtype: str,
 ) -> Launch:
     """Gradients of W1 and of BN1 from ``s [c_mid, c_in]`` and ``dbeta [c_mid]`` (fp64), the rank's sums of dZ1.
 
-    ``stats [4, c_mid]`` (fp32) are BN1's; ``weight [c_mid, c_in]``, of any type, is rounded to ``x_dtype``, "float16".
+    ``stats [4, c_mid]`` (fp32) are BN1's; ``weight [c_mid, c_in]`` is W1 in X's type.
     ``gram [1 + c_in + c_in^2]`` (fp64) are the moments of X over all ranks, None where BN1 is frozen; ``local`` the
     rank's own, None where it is the only one; ``global_sums [2, c_mid]`` (fp64) the sum of all ranks' ``sums``, None
     where there is one rank.
 
     Written are ``sums [2, c_mid]`` (fp64: the rank's dbeta1, dgamma1), ``grads [2, c_mid]`` (fp32: dgamma1, dbeta1),
-    and, where they are given, ``dweight`` like ``weight``, and ``pull [2, c_mid]`` (fp64: scale rstd dgamma1 / n and
-    scale dbeta1 / n, 0 where BN1 is frozen). Several ranks launch twice: for ``sums`` without these two, then with
-    ``global_sums``. A program owns BLOCK_E channels of c_mid.
+    and, where they are given, ``dweight [c_mid, c_in]``, of any type, and ``pull [2, c_mid]`` (fp64: scale rstd dgamma1
+    / n and scale dbeta1 / n, 0 where BN1 is frozen). Several ranks launch twice: for ``sums`` without these two, then
+    with ``global_sums``. A program owns BLOCK_E channels of c_mid.
     """
     c_mid, c_in = weight.shape
     tile = tiles.weight_grad_tile(c_in)
@@ -258,7 +251,6 @@ def expand_weight_grad_launch(
         pull_ptr=pull,
         C_IN=c_in,
         C_MID=c_mid,
-        X_DTYPE=getattr(tl, x_dtype),
         BLOCK_E=tile.BLOCK_M,
         BLOCK_C=triton.next_power_of_2(c_in),
         BLOCK_K=tile.BLOCK_K,
@@ -279,7 +271,6 @@ def expand_weight_grad_bytes(
     sums: Tensor,
     grads: Tensor,
     pull: Tensor | None,
-    x_dtype: str,
 ) -> Traffic:
     """Bytes of ``expand_weight_grad_launch``: what is of c_mid once, W1 twice, the Gram matrix for each program."""
     c_mid, c_in = weight.shape
@@ -331,8 +322,8 @@ def _pull_back_kernel(
         offs_e = k + tl.arange(0, BLOCK_K)
         pull = tl.load(pull_ptr + offs_e, mask=offs_e < C_MID, other=0.0).to(tl.float32)
         shift = tl.load(pull_ptr + C_MID + offs_e, mask=offs_e < C_MID, other=0.0)
-        w_i = _weight(w_ptr, offs_e[None, :], offs_i[:, None], C_IN, C_MID, dtype)
-        w_j = _weight(w_ptr, offs_e[:, None], offs_j[None, :], C_IN, C_MID, dtype)
+        w_i = _weight(w_ptr, offs_e[None, :], offs_i[:, None], C_IN, C_MID)
+        w_j = _weight(w_ptr, offs_e[:, None], offs_j[None, :], C_IN, C_MID)
         vector += tl.sum(w_j.to(tl.float64) * shift[:, None], axis=0)
         matrix = tl.dot(w_i, w_j * pull[:, None], matrix, input_precision=PRECISION)
 
@@ -356,9 +347,10 @@ def pull_back_launch(
 ) -> Launch:
     """M and v of ``weight [c_mid, c_in]``, ``pull [2, c_mid]`` and the mean in ``gram [1 + c_in + c_in^2]``, fp64 both.
 
-    M is ``matrix [c_in, c_in]``, of X's type, times ``scale [c_in]`` (fp32) column by column: powers of two with which
-    the largest entry of each column of ``matrix`` is in [0.5, 1). v is ``vector [c_in]`` (fp32). W1 in half precision
-    is exact in TF32, and W1 pull has as many bits there as M is stored with. A program owns BLOCK_N columns of M.
+    ``weight`` is W1 in X's type. M is ``matrix [c_in, c_in]``, of X's type too, times ``scale [c_in]`` (fp32) column by
+    column: powers of two with which the largest entry of each column of ``matrix`` is in [0.5, 1). v is ``vector
+    [c_in]`` (fp32). W1 in half precision is exact in TF32, and W1 pull has as many bits there as M is stored with. A
+    program owns BLOCK_N columns of M.
     """
     (c_mid, c_in), tile = weight.shape, tiles.PULL_BACK
     arguments = dict(
@@ -434,7 +426,7 @@ def _input_grad_kernel(
             dz_ptrs = dz_ptr + (pixels * C_MID)[:, None] + offs_k[None, :]
             dz = tl.load(dz_ptrs, mask=inside & mask_k[None, :], other=0.0)
             scale1 = tl.load(stats_ptr + 2 * C_MID + offs_k, mask=mask_k, other=0.0)
-            w = _weight(w_ptr, offs_k[:, None], offs_i[None, :], C_IN, C_MID, dz.dtype) * scale1[:, None]
+            w = _weight(w_ptr, offs_k[:, None], offs_i[None, :], C_IN, C_MID) * scale1[:, None]
             dx = tl.dot(dz, w.to(dz.dtype), dx, input_precision=PRECISION)
     else:
         dx += tl.load(t_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -457,7 +449,8 @@ def input_grad_launch(
 ) -> Launch:
     """B3: ``dx [N, c_in, H, W]`` from T: ``t`` of its shape; or, where that is None, ``dz [N, c_mid, H, W]``.
 
-    With ``dz`` go ``weight [c_mid, c_in]`` and BN1's ``stats [4, c_mid]``: W1 times scale is rounded to dz's type.
+    With ``dz`` go W1, ``weight [c_mid, c_in]`` in its type, and BN1's ``stats [4, c_mid]``: their product is rounded to
+    that type.
     ``x``, like dx, ``matrix``, ``scale`` and ``vector``, as of ``pull_back_launch``, are None where BN1 is frozen or
     missing, ``dy``, like dx, where the block isn't residual. A program owns BLOCK_M pixels and BLOCK_N channels.
     """

@@ -133,7 +133,7 @@ def _normalise_expanded(run: Run, x: Tensor, w1: Tensor, norm: BatchNorm, saved:
         partials = ranks.gather(saved.local, norm.group)
     run(norms.merge_launch, partials, saved.gram, c_in)
     kappa = common.allocate((c_mid,), x, torch.float32)
-    run(norms.normalise_gram_launch, saved.gram, w1, x.dtype, norm, saved.stats1, kappa)
+    run(norms.normalise_gram_launch, saved.gram, w1, norm, saved.stats1, kappa)
     # Nobody asks the device whether a channel is flagged: where none is, these two return at once.
     partials = common.allocate((moments.direct_moments_programs(x, w1), 1 + 2 * c_mid), x, torch.float32)
     run(moments.direct_moments_launch, x, w1, saved.stats1, kappa, partials)
@@ -314,12 +314,12 @@ def _expand_grads(
     local = saved.local if norm.group and norm.batch_stats else None
     sums, pull = common.allocate((2, c_mid), s), common.allocate((2, c_mid), s)
     grads, dw1 = common.allocate((2, c_mid), s, torch.float32), common.allocate_like(block.w1)
-    known, x_dtype = (s, dbeta, saved.stats1, w1, gram, local), str(w1.dtype).removeprefix("torch.")
+    known = (s, dbeta, saved.stats1, w1, gram, local)
     over_ranks = None
     if local is not None:
-        run(expand_grads.expand_weight_grad_launch, *known, None, None, sums, grads, None, x_dtype)
+        run(expand_grads.expand_weight_grad_launch, *known, None, None, sums, grads, None)
         over_ranks = ranks.gather(sums, norm.group).sum(0)
-    run(expand_grads.expand_weight_grad_launch, *known, over_ranks, dw1, sums, grads, pull, x_dtype)
+    run(expand_grads.expand_weight_grad_launch, *known, over_ranks, dw1, sums, grads, pull)
     return grads, pull, dw1
 
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,7 +36,6 @@ from .partials import partial_blocks
 
 BLOCK_C = 128  # where there is nothing to walk over
 UNROLL = 8  # rows of a Gram matrix on their way at once; of 16 some spill
-_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit
@@ -209,7 +207,6 @@ def _normalise_gram_kernel(
     eps,
     c_mid,
     c_in: tl.constexpr,
-    DTYPE: tl.constexpr,
     KAPPA_MAX: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -221,8 +218,7 @@ def _normalise_gram_kernel(
     mask_e, mask_c = offs_e < c_mid, offs_c < c_in
     n = tl.load(gram_ptr)
     w_ptrs = w_ptr + offs_e * c_in
-    w = tl.load(w_ptrs[:, None] + offs_c[None, :], mask=mask_e[:, None] & mask_c[None, :], other=0.0)
-    w = w.to(tl.float32).to(DTYPE).to(tl.float32).to(tl.float64)
+    w = tl.load(w_ptrs[:, None] + offs_c[None, :], mask=mask_e[:, None] & mask_c[None, :], other=0.0).to(tl.float64)
     mean = tl.sum(w * tl.load(gram_ptr + 1 + offs_c, mask=mask_c, other=0.0)[None, :], axis=1)
     products = tl.zeros([BLOCK_E, BLOCK_C], tl.float64)
     largest = tl.zeros([BLOCK_E, BLOCK_C], tl.float64)
@@ -230,8 +226,7 @@ def _normalise_gram_kernel(
         for u in tl.static_range(UNROLL):
             i = first + u
             row = tl.load(gram_ptr + 1 + c_in + i * c_in + offs_c, mask=mask_c & (i < c_in), other=0.0)
-            w_i = tl.load(w_ptrs + i, mask=mask_e & (i < c_in), other=0.0)
-            w_i = w_i.to(tl.float32).to(DTYPE).to(tl.float32).to(tl.float64)
+            w_i = tl.load(w_ptrs + i, mask=mask_e & (i < c_in), other=0.0).to(tl.float64)
             products += w_i[:, None] * row[None, :]
             largest += tl.abs(w_i)[:, None] * tl.abs(row)[None, :]
     second = tl.sum(products * w, axis=1)
@@ -418,18 +413,11 @@ def normalise_bytes(
 
 
 def normalise_gram_launch(
-    gram: Tensor,
-    weight: Tensor,
-    x_dtype: torch.dtype,
-    norm: BatchNorm,
-    stats: Tensor,
-    kappa: Tensor,
-    *,
-    update: bool = True,
+    gram: Tensor, weight: Tensor, norm: BatchNorm, stats: Tensor, kappa: Tensor, *, update: bool = True
 ) -> Launch:
     """Normalise E = X W1 by the merged ``gram [1 + c_in + c_in c_in]`` (fp64) of X.
 
-    ``weight`` is W1 ``[c_mid, c_in]``, rounded to X's type. Written are ``kappa [c_mid]`` (fp32), ``stats [4, c_mid]``
+    ``weight`` is W1 ``[c_mid, c_in]`` in X's type. Written are ``kappa [c_mid]`` (fp32), ``stats [4, c_mid]``
     and, with ``update``, the running statistics of ``norm``, after ``count_batch``. Channels of kappa above
     ``KAPPA_MAX`` get their running update from ``normalise_launch`` after the direct pass, and then their stats again.
     kappa is infinite where the variance isn't positive, and 0 where nothing varies that could cancel.
@@ -448,7 +436,6 @@ def normalise_gram_launch(
         eps=float(norm.eps),
         c_mid=c_mid,
         c_in=c_in,
-        DTYPE=_TYPES[x_dtype],
         KAPPA_MAX=KAPPA_MAX,
         UNROLL=UNROLL,
         BLOCK_E=block_e,
@@ -458,19 +445,12 @@ def normalise_gram_launch(
 
 
 def normalise_gram_bytes(
-    gram: Tensor,
-    weight: Tensor,
-    x_dtype: torch.dtype,
-    norm: BatchNorm,
-    stats: Tensor,
-    kappa: Tensor,
-    *,
-    update: bool = True,
+    gram: Tensor, weight: Tensor, norm: BatchNorm, stats: Tensor, kappa: Tensor, *, update: bool = True
 ) -> Traffic:
     """Bytes of ``normalise_gram_launch`` where no channel is flagged: W1 by rows and again by columns, the record in
     each program.
     """
-    programs = normalise_gram_launch(gram, weight, x_dtype, norm, stats, kappa, update=update).grid[0]
+    programs = normalise_gram_launch(gram, weight, norm, stats, kappa, update=update).grid[0]
     running, tracked = _running_bytes(norm, update)
     channels = _nbytes(norm.weight, norm.bias) + running
     written = stats.nbytes + kappa.nbytes + running
