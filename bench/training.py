@@ -34,7 +34,7 @@ from .count import Call
 
 PASSES: dict[Callable[..., Launch], str] = {
     moments.gram_launch: "P1",
-    norms.merge_launch: "P1 merge",
+    norms.merge_gram_launch: "P1 merge",
     norms.normalise_gram_launch: "BN1",
     moments.direct_moments_launch: "P1 direct",
     expand_depthwise.expand_depthwise_launch: "P2",

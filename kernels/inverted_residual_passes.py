@@ -129,9 +129,9 @@ def _normalise_expanded(run: Run, x: Tensor, w1: Tensor, norm: BatchNorm, saved:
     partials = common.allocate((moments.gram_programs(x), len(saved.gram)), x, torch.float32)
     run(moments.gram_launch, x, partials)
     if norm.group:
-        run(norms.merge_launch, partials, saved.local, c_in)
+        run(norms.merge_gram_launch, partials, saved.local, c_in)
         partials = ranks.gather(saved.local, norm.group)
-    run(norms.merge_launch, partials, saved.gram, c_in)
+    run(norms.merge_gram_launch, partials, saved.gram, c_in)
     kappa = common.allocate((c_mid,), x, torch.float32)
     run(norms.normalise_gram_launch, saved.gram, w1, norm, saved.stats1, kappa)
     # Nobody asks the device whether a channel is flagged: where none is, these two return at once.

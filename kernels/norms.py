@@ -93,23 +93,11 @@ def _update_running(running_mean_ptr, running_var_ptr, tracked_ptr, momentum, n,
 
 
 @triton.jit(do_not_specialize=["stride", "P", "C"])
-def _merge_kernel(
-    partials_ptr,
-    merged_ptr,
-    stride,
-    P,
-    C,
-    GRAM: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def _merge_gram_kernel(partials_ptr, merged_ptr, stride, P, C, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     # A program owns BLOCK_N of the second moments, and the means of those of them that come first in their row.
     offs_p = tl.arange(0, BLOCK_P)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if GRAM:
-        offs_i, offs_j, mask_n = offs_n // C, offs_n % C, offs_n < C * C
-    else:
-        offs_i, offs_j, mask_n = offs_n, offs_n, offs_n < C
+    offs_i, offs_j, mask_n = offs_n // C, offs_n % C, offs_n < C * C
     n = tl.zeros([BLOCK_P], tl.float64)
     sum_i = tl.zeros([BLOCK_P, BLOCK_N], tl.float64)
     sum_j = tl.zeros([BLOCK_P, BLOCK_N], tl.float64)
@@ -119,10 +107,8 @@ def _merge_kernel(
         record = partials_ptr + (p + offs_p).to(tl.int64) * stride
         ptrs, mask = record[:, None] + 1, mask_p[:, None] & mask_n[None, :]
         count = tl.load(record, mask=mask_p, other=0.0).to(tl.float64)
+        mean_i = tl.load(ptrs + offs_i[None, :], mask=mask, other=0.0).to(tl.float64)
         mean_j = tl.load(ptrs + offs_j[None, :], mask=mask, other=0.0).to(tl.float64)
-        mean_i = mean_j
-        if GRAM:
-            mean_i = tl.load(ptrs + offs_i[None, :], mask=mask, other=0.0).to(tl.float64)
         own = tl.load(ptrs + C + offs_n[None, :], mask=mask, other=0.0).to(tl.float64)
         n += count
         sum_i += count[:, None] * mean_i
@@ -132,10 +118,7 @@ def _merge_kernel(
     mean = tl.sum(sum_i, axis=0) / tl.maximum(total, 1.0)
     merged = tl.sum(second, axis=0) - mean * tl.sum(sum_j, axis=0)
     tl.store(merged_ptr, total, mask=tl.program_id(0) == 0)
-    if GRAM:
-        tl.store(merged_ptr + 1 + offs_i, mean, mask=mask_n & (offs_j == 0))
-    else:
-        tl.store(merged_ptr + 1 + offs_i, mean, mask=mask_n)
+    tl.store(merged_ptr + 1 + offs_i, mean, mask=mask_n & (offs_j == 0))
     tl.store(merged_ptr + 1 + C + offs_n, merged, mask=mask_n)
 
 
@@ -329,29 +312,24 @@ def _running_bytes(norm: BatchNorm, update: bool) -> tuple[int, int]:
     return _nbytes(at["running_mean_ptr"], at["running_var_ptr"]), _nbytes(at["tracked_ptr"])
 
 
-def _is_gram(length: int, C: int) -> bool:
-    return length == 1 + C + C * C
-
-
-def merge_launch(partials: Tensor, merged: Tensor, C: int) -> Launch:
-    """Merge gram or moments records of C channels, ``partials [P, L]`` (fp32 or fp64), into ``merged [L]`` (fp64).
+def merge_gram_launch(partials: Tensor, merged: Tensor, C: int) -> Launch:
+    """Merge gram records of C channels, ``partials [P, L]`` (fp32 or fp64), into ``merged [L]`` (fp64).
 
     ``partials`` may be a stack of rows with a stride. A program owns BLOCK_N of the second moments.
     """
     P, L = partials.shape
-    if L not in (1 + 2 * C, 1 + C + C * C):
-        raise ValueError(f"partials: expected records of 1 + 2 C or 1 + C + C C numbers with C = {C}, got {L}")
-    sizes = dict(stride=partials.stride(0), P=P, C=C, GRAM=_is_gram(L, C), **partial_blocks(P))
+    if L != 1 + C + C * C:
+        raise ValueError(f"partials: expected records of 1 + C + C C numbers with C = {C}, got {L}")
+    sizes = dict(stride=partials.stride(0), P=P, C=C, **partial_blocks(P))
     arguments = dict(partials_ptr=partials, merged_ptr=merged, **sizes)
-    return Launch(_merge_kernel, (cdiv(L - 1 - C, sizes["BLOCK_N"]),), arguments, num_warps=8)
+    return Launch(_merge_gram_kernel, (cdiv(C * C, sizes["BLOCK_N"]),), arguments, num_warps=8)
 
 
-def merge_bytes(partials: Tensor, merged: Tensor, C: int) -> Traffic:
-    """Bytes of ``merge_launch``: with each second moment its one or two means, and each program reads the counts."""
-    launch = merge_launch(partials, merged, C)
-    P, L = partials.shape
-    numbers = launch.grid[0] + (L - 1 - C) * (3 if _is_gram(L, C) else 2)
-    return Traffic(P * L * partials.element_size(), merged.nbytes, P * numbers * partials.element_size(), merged.nbytes)
+def merge_gram_bytes(partials: Tensor, merged: Tensor, C: int) -> Traffic:
+    """Bytes of ``merge_gram_launch``: with each second moment its two means, and each program reads the counts."""
+    programs, (P, L) = merge_gram_launch(partials, merged, C).grid[0], partials.shape
+    loaded = P * (programs + 3 * C * C) * partials.element_size()
+    return Traffic(P * L * partials.element_size(), merged.nbytes, loaded, merged.nbytes)
 
 
 def normalise_launch(
@@ -412,16 +390,13 @@ def normalise_bytes(
     return Traffic(channels + counts + tracked, written, channels + programs * (counts + tracked), written)
 
 
-def normalise_gram_launch(
-    gram: Tensor, weight: Tensor, norm: BatchNorm, stats: Tensor, kappa: Tensor, *, update: bool = True
-) -> Launch:
+def normalise_gram_launch(gram: Tensor, weight: Tensor, norm: BatchNorm, stats: Tensor, kappa: Tensor) -> Launch:
     """Normalise E = X W1 by the merged ``gram [1 + c_in + c_in c_in]`` (fp64) of X.
 
-    ``weight`` is W1 ``[c_mid, c_in]`` in X's type. Written are ``kappa [c_mid]`` (fp32), ``stats [4, c_mid]``
-    and, with ``update``, the running statistics of ``norm``, after ``count_batch``. Channels of kappa above
-    ``KAPPA_MAX`` get their running update from ``normalise_launch`` after the direct pass, and then their stats again.
-    kappa is infinite where the variance isn't positive, and 0 where nothing varies that could cancel.
-    A program owns BLOCK_E channels of E.
+    ``weight`` is W1 ``[c_mid, c_in]`` in X's type. Written are ``kappa [c_mid]`` (fp32), ``stats [4, c_mid]`` and the
+    running statistics of ``norm``, after ``count_batch``. Channels of kappa above ``KAPPA_MAX`` get their running
+    update from ``normalise_launch`` after the direct pass, and then their stats again. kappa is infinite where the
+    variance isn't positive, and 0 where nothing varies that could cancel. A program owns BLOCK_E channels of E.
     """
     c_mid, c_in = weight.shape
     block_c = triton.next_power_of_2(c_in)
@@ -432,7 +407,7 @@ def normalise_gram_launch(
         stats_ptr=stats,
         kappa_ptr=kappa,
         **_affine(norm),
-        **_running(norm, update),
+        **_running(norm, update=True),
         eps=float(norm.eps),
         c_mid=c_mid,
         c_in=c_in,
@@ -444,14 +419,12 @@ def normalise_gram_launch(
     return Launch(_normalise_gram_kernel, (cdiv(c_mid, block_e),), arguments, num_warps=4)
 
 
-def normalise_gram_bytes(
-    gram: Tensor, weight: Tensor, norm: BatchNorm, stats: Tensor, kappa: Tensor, *, update: bool = True
-) -> Traffic:
+def normalise_gram_bytes(gram: Tensor, weight: Tensor, norm: BatchNorm, stats: Tensor, kappa: Tensor) -> Traffic:
     """Bytes of ``normalise_gram_launch`` where no channel is flagged: W1 by rows and again by columns, the record in
     each program.
     """
-    programs = normalise_gram_launch(gram, weight, norm, stats, kappa, update=update).grid[0]
-    running, tracked = _running_bytes(norm, update)
+    programs = normalise_gram_launch(gram, weight, norm, stats, kappa).grid[0]
+    running, tracked = _running_bytes(norm, update=True)
     channels = _nbytes(norm.weight, norm.bias) + running
     written = stats.nbytes + kappa.nbytes + running
     loaded = programs * (gram.nbytes + tracked) + 2 * weight.nbytes + channels
