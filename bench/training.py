@@ -41,7 +41,7 @@ PASSES: dict[Callable[..., Launch], str] = {
     project.project_launch: "P3",
     norm_passes.apply_launch: "P4",
     norm_passes.sums_launch: "B0 sums",
-    norm_passes.input_grad_launch: "B0 dP",
+    norm_passes.projected_grad_launch: "B0 dP",
     project.project_grads_launch: "B1",
     expand_depthwise_grads.expand_depthwise_grads_launch: "B2",
     expand_grads.expand_sums_launch: "S",

@@ -231,7 +231,7 @@ def backward(dy: Tensor, x: Tensor, block: Block, saved: Saved, need: Grads, run
         return found
     dp, w2 = common.allocate(tuple(saved.p.shape), x), rounded(block.w2, x)
     assert w2 is not None
-    run(norm_passes.input_grad_launch, dy, saved.p, coefs3, dp)
+    run(norm_passes.projected_grad_launch, dy, saved.p, coefs3, dp)
     sums = run(project_grads_launch, saved.d, dp, w2, saved.stats2).arguments
     grads2, coefs2 = _norm_grads(run, sums["sums_ptr"], block.norm2, saved.stats2, saved.count2)
     found = found._replace(norm2=grads2, w2=_sum(run, sums["dw_ptr"], block.w2) if need.w2 else None)
