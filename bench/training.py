@@ -18,8 +18,10 @@ from kernels import (
     expand_depthwise,
     expand_depthwise_grads,
     expand_grads,
+    gram_norm,
     inverted_residual_passes,
     moments,
+    norm_grads,
     norm_passes,
     norms,
     partials,
@@ -34,8 +36,8 @@ from .count import Call
 
 PASSES: dict[Callable[..., Launch], str] = {
     moments.gram_launch: "P1",
-    norms.merge_gram_launch: "P1 merge",
-    norms.normalise_gram_launch: "BN1",
+    gram_norm.merge_gram_launch: "P1 merge",
+    gram_norm.normalise_gram_launch: "BN1",
     moments.direct_moments_launch: "P1 direct",
     expand_depthwise.expand_depthwise_launch: "P2",
     project.project_launch: "P3",
@@ -50,7 +52,7 @@ PASSES: dict[Callable[..., Launch], str] = {
     expand_grads.input_grad_launch: "B3",
 }
 # A launcher that serves several passes: whose statistics it takes, and which sums.
-NORMS = {norms.normalise_launch: "BN", norms.norm_grads_launch: "BN grads", norms.frozen_launch: "BN frozen"}
+NORMS = {norms.normalise_launch: "BN", norm_grads.norm_grads_launch: "BN grads", norms.frozen_launch: "BN frozen"}
 SUMS = {"taps_ptr": "dWd", "dw_ptr": "dW2", "beta_ptr": "dbeta1", "s_ptr": "S sum", "partials_ptr": "S sum"}
 
 

@@ -3,7 +3,7 @@
     mean(E) = mean(X) W1,   var(E)_e = w_e^T Cov(X) w_e
 
 so one pass over X gives its mean and its centred Gram matrix ``sum (x - mean) (x - mean)^T``, from which
-``norms.normalise_gram_launch`` has the statistics of every channel of E. Where columns of X nearly cancel in a channel
+``gram_norm.py`` has the statistics of every channel of E. Where columns of X nearly cancel in a channel
 of E, that loses digits: about 2^-25 kappa of the variance, with
 
     kappa_e = |w_e|^T |Cov| |w_e| / (w_e^T Cov w_e)
@@ -12,8 +12,7 @@ and a channel of kappa above ``KAPPA_MAX`` is flagged. Flagged channels are comp
 pass over X, a launch whose programs look at kappa and return where none of theirs is flagged: the host waits for
 nothing.
 
-Records of C channels, one a program and mergeable (``norms.py``): a *gram record* ``[1 + C + C C]`` is count, mean and
-``sum (x - mean) (x - mean)^T``, a *moments record* ``[1 + 2 C]`` count, mean and ``sum (x - mean)^2``.
+Each program leaves a record, and records merge: ``norms.py`` says what is in a gram record and in a moments record.
 
 Sums are taken about a shift s, which cancels: of the Gram matrix the mean of the program's own first pixels, rounded to
 X's type, where that is more than four of their standard deviations, else 0. Then x - s is exact for nearly every x

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import BatchNorm, common, inverted_residual, reference
-from kernels.norms import KAPPA_MAX
+from kernels.moments import KAPPA_MAX
 from mnv2.model import layer_shapes
 
 PARTS = ("x", "w1", "wd", "w2", "gamma1", "beta1", "gamma2", "beta2", "gamma3", "beta3")

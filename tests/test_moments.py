@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.count import count
-from kernels import common, moments, norms
+from kernels import common, gram_norm, moments, norm_grads, norms
 from kernels.common import BatchNorm
 from kernels.moments import KAPPA_MAX
 
@@ -99,7 +99,7 @@ def gram_of(x, programs=None):
 
 def merge_gram(partials, C):
     (merged,) = allocate(partials, partials.shape[1:], dtype=torch.float64)
-    norms.merge_gram_launch(partials, merged, C).run(partials.device)
+    gram_norm.merge_gram_launch(partials, merged, C).run(partials.device)
     return merged
 
 
@@ -110,7 +110,7 @@ def merge_moments(partials, C):
 
 def normalise_gram(gram, weight, norm):
     stats, kappa = allocate(gram, (4, len(weight)), (len(weight),))
-    norms.normalise_gram_launch(gram, weight, norm, stats, kappa).run(gram.device)
+    gram_norm.normalise_gram_launch(gram, weight, norm, stats, kappa).run(gram.device)
     return stats, kappa
 
 
@@ -244,7 +244,7 @@ def test_records_may_be_a_stack_with_a_stride(device, memory):
         row[:43] = record_of(part, gram=True)
     torch.testing.assert_close(merge_gram(memory.place(buffer)[:, :43], 6), record_of(x, gram=True))
     with pytest.raises(ValueError, match="partials: expected records of"):
-        norms.merge_gram_launch(buffer, buffer[0], 6)
+        gram_norm.merge_gram_launch(buffer, buffer[0], 6)
 
 
 NORMS = {
@@ -478,11 +478,11 @@ def gradient_sums(x, g, stats, P):
     return torch.stack([torch.stack([part.sum(0), (part * c).sum(0)]) for part, c in pairs])
 
 
-def norm_grads(partials, stats, record):
+def gradients(partials, stats, record):
     C = stats.shape[1]
     (sums,) = allocate(stats, (2, C), dtype=torch.float64)
     grads, coefs = allocate(stats, (2, C), (3, C))
-    norms.norm_grads_launch(partials, stats, record, sums, grads, coefs).run(stats.device)
+    norm_grads.norm_grads_launch(partials, stats, record, sums, grads, coefs).run(stats.device)
     return sums, grads, coefs
 
 
@@ -505,7 +505,7 @@ def test_gradients_of_batchnorm(frozen, P, device, memory):
     else:
         stats, _ = normalise(record[None], norm, C)
     partials = memory.place(gradient_sums(x.detach(), g, stats, P).float())
-    sums, grads, coefs = norm_grads(partials, stats, None if frozen else record)
+    sums, grads, coefs = gradients(partials, stats, None if frozen else record)
     torch.testing.assert_close(grads.double(), torch.stack([weight.grad, bias.grad]), rtol=1e-5, atol=1e-3)
     ca, cb, cc = coefs.double()
     torch.testing.assert_close(ca * g + cb * x.detach() + cc, x.grad, rtol=1e-4, atol=1e-5)
@@ -514,7 +514,7 @@ def test_gradients_of_batchnorm(frozen, P, device, memory):
 
     # Two ranks that hold half of the partials each come to the same, by stacked sums.
     ranks = torch.stack([partials[P // 2 :].double().sum(0), partials[: P // 2].double().sum(0)])
-    again = norm_grads(memory.place(ranks), stats, None if frozen else record)
+    again = gradients(memory.place(ranks), stats, None if frozen else record)
     for one, other in zip((sums, grads, coefs), again, strict=True):
         torch.testing.assert_close(one, other, **SAME)
 
@@ -542,7 +542,7 @@ def test_bytes_of_statistics(shape, programs, dtype):
     partials = torch.zeros(programs or moments.gram_programs(x), 1 + C + C * C)
     assert_counted(moments.gram_launch(x, partials), moments.gram_bytes(x, partials))
     merged = torch.zeros(1 + C + C * C, dtype=torch.float64)
-    assert_counted(norms.merge_gram_launch(partials, merged, C), norms.merge_gram_bytes(partials, merged, C))
+    assert_counted(gram_norm.merge_gram_launch(partials, merged, C), gram_norm.merge_gram_bytes(partials, merged, C))
     weight, stats = weights(c_mid, C, dtype, device), torch.zeros(4, c_mid)
     partials = torch.zeros(programs or moments.direct_moments_programs(x, weight), 1 + 2 * c_mid)
     for kappa, flagged in ((torch.zeros(c_mid), False), (torch.full((c_mid,), 1e5), True)):
@@ -554,7 +554,7 @@ def test_bytes_of_statistics(shape, programs, dtype):
     gram[1 + C :] = torch.eye(C).flatten()
     for given in (norm, norm._replace(running_mean=None, running_var=None)):
         arguments = (gram, weight, given, stats, torch.zeros(c_mid))
-        assert_counted(norms.normalise_gram_launch(*arguments), norms.normalise_gram_bytes(*arguments))
+        assert_counted(gram_norm.normalise_gram_launch(*arguments), gram_norm.normalise_gram_bytes(*arguments))
 
 
 @interpreted
@@ -566,7 +566,7 @@ def test_bytes_of_norms(options, P):
     if norm.num_batches_tracked is not None:
         norms.count_batch(norm)
     grams, merged = torch.ones(P, 1 + C + C * C), torch.zeros(1 + C + C * C, dtype=torch.float64)
-    assert_counted(norms.merge_gram_launch(grams, merged, C), norms.merge_gram_bytes(grams, merged, C))
+    assert_counted(gram_norm.merge_gram_launch(grams, merged, C), gram_norm.merge_gram_bytes(grams, merged, C))
     partials, merged = torch.ones(P, 1 + 2 * C), torch.zeros(1 + 2 * C, dtype=torch.float64)
     for kappa, flagged in ((None, False), (torch.zeros(C), False), (torch.full((C,), 1e5), True)):
         arguments = (partials, norm, stats, merged, kappa)
@@ -579,4 +579,4 @@ def test_bytes_of_norms(options, P):
     outputs = (torch.zeros(2, C, dtype=torch.float64), torch.zeros(2, C), torch.zeros(3, C))
     for record in (merged, None):
         arguments = (torch.ones(P, 2, C), stats, record, *outputs)
-        assert_counted(norms.norm_grads_launch(*arguments), norms.norm_grads_bytes(*arguments))
+        assert_counted(norm_grads.norm_grads_launch(*arguments), norm_grads.norm_grads_bytes(*arguments))
