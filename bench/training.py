@@ -17,6 +17,7 @@ from kernels import (
     common,
     expand_depthwise,
     expand_depthwise_grads,
+    expand_finalisers,
     expand_grads,
     gram_norm,
     inverted_residual_passes,
@@ -47,8 +48,8 @@ PASSES: dict[Callable[..., Launch], str] = {
     project.project_grads_launch: "B1",
     expand_depthwise_grads.expand_depthwise_grads_launch: "B2",
     expand_grads.expand_sums_launch: "S",
-    expand_grads.expand_weight_grad_launch: "dW1",
-    expand_grads.pull_back_launch: "M, v",
+    expand_finalisers.expand_weight_grad_launch: "dW1",
+    expand_finalisers.pull_back_launch: "M, v",
     expand_grads.input_grad_launch: "B3",
 }
 # A launcher that serves several passes: whose statistics it takes, and which sums.

@@ -5,8 +5,8 @@
     backward   B0  dY, P -> sums of BN3; dP                          B1  D, dP -> dW2 and sums of BN2
                B2  X, D, dP -> dWd, dbeta1 and T, S or dZ1           B3  T or dZ1, X (, dY) -> dX
 
-between them the finalisers of ``norms.py``, ``gram_norm.py``, ``norm_grads.py`` and ``expand_grads.py``. ``README.md``
-derives them.
+between them the finalisers of ``norms.py``, ``gram_norm.py``, ``norm_grads.py`` and ``expand_finalisers.py``.
+``README.md`` derives them.
 
 With statistics over several processes a finaliser runs on this process's partials, its record is gathered from all, and
 it runs again on the stack: in rank order, so all processes have the same bits.
@@ -20,7 +20,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import common, expand_grads, gram_norm, moments, norm_grads, norm_passes, norms, ranks, tiles
+from . import (
+    common,
+    expand_finalisers,
+    expand_grads,
+    gram_norm,
+    moments,
+    norm_grads,
+    norm_passes,
+    norms,
+    ranks,
+    tiles,
+)
 from .common import BatchNorm, Launch, Traffic, cdiv, launched
 from .expand_depthwise import expand_depthwise_launch
 from .expand_depthwise_grads import expand_depthwise_grads_launch
@@ -294,7 +305,7 @@ def _front(
     if batch:
         matrix, scale = common.allocate((c_in, c_in), x), common.allocate((c_in,), x, torch.float32)
         vector = common.allocate((c_in,), x, torch.float32)
-        run(expand_grads.pull_back_launch, w1, pull, saved.gram, matrix, scale, vector)
+        run(expand_finalisers.pull_back_launch, w1, pull, saved.gram, matrix, scale, vector)
         back = (x, matrix, scale, vector)
     dx = common.allocate_like(x)
     made = (out, None) if thin else (None, out)
@@ -318,9 +329,9 @@ def _expand_grads(
     known = (s, dbeta, saved.stats1, w1, gram, local)
     over_ranks = None
     if local is not None:
-        run(expand_grads.expand_weight_grad_launch, *known, None, None, sums, grads, None)
+        run(expand_finalisers.expand_weight_grad_launch, *known, None, None, sums, grads, None)
         over_ranks = ranks.gather(sums, norm.group).sum(0)
-    run(expand_grads.expand_weight_grad_launch, *known, over_ranks, dw1, sums, grads, pull)
+    run(expand_finalisers.expand_weight_grad_launch, *known, over_ranks, dw1, sums, grads, pull)
     return grads, pull, dw1
 
 

@@ -15,7 +15,7 @@ from numerics import assert_parity
 from test_traffic import assert_counted, interpreted, nhwc
 from torch import Tensor
 
-from kernels import common, expand_grads
+from kernels import common, expand_finalisers, expand_grads
 
 pytestmark = pytest.mark.one_type
 
@@ -132,7 +132,7 @@ def weight_grad(o, stats, gram, local=None, global_sums=None, *, only_sums=False
     grads = common.allocate((2, c_mid), o.weight, torch.float32)
     s, dbeta = s_of(o.x, o.dz), pixels(o.dz).sum(0)
     tensors = (s, dbeta, stats, o.weight, gram, local, global_sums, dweight, sums, grads, pull)
-    expand_grads.expand_weight_grad_launch(*tensors).run(o.x.device)
+    expand_finalisers.expand_weight_grad_launch(*tensors).run(o.x.device)
     return dweight, sums, grads, pull
 
 
@@ -141,7 +141,7 @@ def pull_back(weight, pull, gram, dtype):
     c_in = weight.shape[1]
     matrix = common.allocate((c_in, c_in), weight, dtype)
     scale, vector = (common.allocate((c_in,), weight, torch.float32) for _ in range(2))
-    expand_grads.pull_back_launch(weight, pull, gram, matrix, scale, vector).run(weight.device)
+    expand_finalisers.pull_back_launch(weight, pull, gram, matrix, scale, vector).run(weight.device)
     return matrix, scale, vector
 
 
@@ -322,12 +322,12 @@ def test_launches_move_the_bytes_of_their_formulas(shape):
         ((None, None, None), (dweight, sums, grads, pull)),
     ):
         arguments = (s, dbeta, stats, weight, *moments, *outputs)
-        launch = expand_grads.expand_weight_grad_launch(*arguments)
-        assert_counted(launch, expand_grads.expand_weight_grad_bytes(*arguments))
+        launch = expand_finalisers.expand_weight_grad_launch(*arguments)
+        assert_counted(launch, expand_finalisers.expand_weight_grad_bytes(*arguments))
 
     tiny = torch.zeros(c_in, c_in, dtype=torch.float16), torch.ones(c_in), torch.ones(c_in)
     arguments = (weight, pull, gram, *tiny)
-    assert_counted(expand_grads.pull_back_launch(*arguments), expand_grads.pull_back_bytes(*arguments))
+    assert_counted(expand_finalisers.pull_back_launch(*arguments), expand_finalisers.pull_back_bytes(*arguments))
     for arguments in (
         (dx, None, dz, weight, stats, x, *tiny, dy),
         (dx, t, None, None, None, x, *tiny, None),
