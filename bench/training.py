@@ -17,9 +17,12 @@ from kernels import (
     common,
     expand_depthwise,
     expand_depthwise_grads,
+    expand_finalisers,
     expand_grads,
+    gram_norm,
     inverted_residual_passes,
     moments,
+    norm_grads,
     norm_passes,
     norms,
     partials,
@@ -34,23 +37,23 @@ from .count import Call
 
 PASSES: dict[Callable[..., Launch], str] = {
     moments.gram_launch: "P1",
-    norms.merge_launch: "P1 merge",
-    norms.normalise_gram_launch: "BN1",
+    gram_norm.merge_gram_launch: "P1 merge",
+    gram_norm.normalise_gram_launch: "BN1",
     moments.direct_moments_launch: "P1 direct",
     expand_depthwise.expand_depthwise_launch: "P2",
     project.project_launch: "P3",
     norm_passes.apply_launch: "P4",
     norm_passes.sums_launch: "B0 sums",
-    norm_passes.input_grad_launch: "B0 dP",
+    norm_passes.projected_grad_launch: "B0 dP",
     project.project_grads_launch: "B1",
     expand_depthwise_grads.expand_depthwise_grads_launch: "B2",
     expand_grads.expand_sums_launch: "S",
-    expand_grads.expand_weight_grad_launch: "dW1",
-    expand_grads.pull_back_launch: "M, v",
+    expand_finalisers.expand_weight_grad_launch: "dW1",
+    expand_finalisers.pull_back_launch: "M, v",
     expand_grads.input_grad_launch: "B3",
 }
 # A launcher that serves several passes: whose statistics it takes, and which sums.
-NORMS = {norms.normalise_launch: "BN", norms.norm_grads_launch: "BN grads", norms.frozen_launch: "BN frozen"}
+NORMS = {norms.normalise_launch: "BN", norm_grads.norm_grads_launch: "BN grads", norms.frozen_launch: "BN frozen"}
 SUMS = {"taps_ptr": "dWd", "dw_ptr": "dW2", "beta_ptr": "dbeta1", "s_ptr": "S sum", "partials_ptr": "S sum"}
 
 

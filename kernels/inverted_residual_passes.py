@@ -5,7 +5,8 @@
     backward   B0  dY, P -> sums of BN3; dP                          B1  D, dP -> dW2 and sums of BN2
                B2  X, D, dP -> dWd and T, S, dbeta1 or dZ1           B3  T or dZ1, X (, dY) -> dX
 
-between them the finalisers of ``norms.py`` and ``expand_grads.py``. ``README.md`` derives them.
+between them the finalisers of ``norms.py``, ``gram_norm.py``, ``norm_grads.py`` and ``expand_finalisers.py``.
+``README.md`` derives them.
 
 With statistics over several processes a finaliser runs on this process's partials, its record is gathered from all, and
 it runs again on the stack: in rank order, so all processes have the same bits.
@@ -19,7 +20,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import common, expand_grads, moments, norm_passes, norms, ranks, tiles
+from . import (
+    common,
+    expand_finalisers,
+    expand_grads,
+    gram_norm,
+    moments,
+    norm_grads,
+    norm_passes,
+    norms,
+    ranks,
+    tiles,
+)
 from .common import BatchNorm, Launch, Traffic, cdiv, launched
 from .expand_depthwise import expand_depthwise_launch
 from .expand_depthwise_grads import expand_depthwise_grads_launch
@@ -129,11 +141,11 @@ def _normalise_expanded(run: Run, x: Tensor, w1: Tensor, norm: BatchNorm, saved:
     partials = common.allocate((moments.gram_programs(x), len(saved.gram)), x, torch.float32)
     run(moments.gram_launch, x, partials)
     if norm.group:
-        run(norms.merge_launch, partials, saved.local, c_in)
+        run(gram_norm.merge_gram_launch, partials, saved.local, c_in)
         partials = ranks.gather(saved.local, norm.group)
-    run(norms.merge_launch, partials, saved.gram, c_in)
+    run(gram_norm.merge_gram_launch, partials, saved.gram, c_in)
     kappa = common.allocate((c_mid,), x, torch.float32)
-    run(norms.normalise_gram_launch, saved.gram, w1, x.dtype, norm, saved.stats1, kappa)
+    run(gram_norm.normalise_gram_launch, saved.gram, w1, norm, saved.stats1, kappa)
     # Nobody asks the device whether a channel is flagged: where none is, these two return at once.
     partials = common.allocate((moments.direct_moments_programs(x, w1), 1 + 2 * c_mid), x, torch.float32)
     run(moments.direct_moments_launch, x, w1, saved.stats1, kappa, partials)
@@ -198,10 +210,10 @@ def _norm_grads(run: Run, partials: Tensor, norm: BatchNorm, stats: Tensor, reco
     C, count = stats.shape[1], record if norm.batch_stats else None
     grads, coefs = common.allocate((2, C), stats), common.allocate((3, C), stats)
     sums = common.allocate((2, C), stats, torch.float64)
-    run(norms.norm_grads_launch, partials, stats, count, sums, grads, coefs)
+    run(norm_grads.norm_grads_launch, partials, stats, count, sums, grads, coefs)
     if norm.group and norm.batch_stats:
         unused = torch.empty_like(sums), torch.empty_like(grads)
-        run(norms.norm_grads_launch, ranks.gather(sums, norm.group), stats, count, *unused, coefs)
+        run(norm_grads.norm_grads_launch, ranks.gather(sums, norm.group), stats, count, *unused, coefs)
     return grads, coefs
 
 
@@ -231,7 +243,7 @@ def backward(dy: Tensor, x: Tensor, block: Block, saved: Saved, need: Grads, run
         return found
     dp, w2 = common.allocate(tuple(saved.p.shape), x), rounded(block.w2, x)
     assert w2 is not None
-    run(norm_passes.input_grad_launch, dy, saved.p, coefs3, dp)
+    run(norm_passes.projected_grad_launch, dy, saved.p, coefs3, dp)
     sums = run(project_grads_launch, saved.d, dp, w2, saved.stats2).arguments
     grads2, coefs2 = _norm_grads(run, sums["sums_ptr"], block.norm2, saved.stats2, saved.count2)
     found = found._replace(norm2=grads2, w2=_sum(run, sums["dw_ptr"], block.w2) if need.w2 else None)
@@ -295,7 +307,7 @@ def _front(
     if batch:
         matrix, scale = common.allocate((c_in, c_in), x), common.allocate((c_in,), x, torch.float32)
         vector = common.allocate((c_in,), x, torch.float32)
-        run(expand_grads.pull_back_launch, w1, pull, saved.gram, matrix, scale, vector)
+        run(expand_finalisers.pull_back_launch, w1, pull, saved.gram, matrix, scale, vector)
         back = (x, matrix, scale, vector)
     dx = common.allocate_like(x)
     made = (out, None) if thin else (None, out)
@@ -316,12 +328,12 @@ def _expand_grads(
     local = saved.local if norm.group and norm.batch_stats else None
     sums, pull = common.allocate((2, c_mid), s), common.allocate((2, c_mid), s)
     grads, dw1 = common.allocate((2, c_mid), s, torch.float32), common.allocate_like(block.w1)
-    known, x_dtype = (s, dbeta, saved.stats1, w1, gram, local), str(w1.dtype).removeprefix("torch.")
+    known = (s, dbeta, saved.stats1, w1, gram, local)
     over_ranks = None
     if local is not None:
-        run(expand_grads.expand_weight_grad_launch, *known, None, None, sums, grads, None, x_dtype)
+        run(expand_finalisers.expand_weight_grad_launch, *known, None, None, sums, grads, None)
         over_ranks = ranks.gather(sums, norm.group).sum(0)
-    run(expand_grads.expand_weight_grad_launch, *known, over_ranks, dw1, sums, grads, pull, x_dtype)
+    run(expand_finalisers.expand_weight_grad_launch, *known, over_ranks, dw1, sums, grads, pull)
     return grads, pull, dw1
 
 

@@ -3,7 +3,7 @@
     mean(E) = mean(X) W1,   var(E)_e = w_e^T Cov(X) w_e
 
 so one pass over X gives its mean and its centred Gram matrix ``sum (x - mean) (x - mean)^T``, from which
-``norms.normalise_gram_launch`` has the statistics of every channel of E. Where columns of X nearly cancel in a channel
+``gram_norm.py`` has the statistics of every channel of E. Where columns of X nearly cancel in a channel
 of E, that loses digits: about 2^-25 kappa of the variance, with
 
     kappa_e = |w_e|^T |Cov| |w_e| / (w_e^T Cov w_e)
@@ -12,15 +12,14 @@ and a channel of kappa above ``KAPPA_MAX`` is flagged. Flagged channels are comp
 pass over X, a launch whose programs look at kappa and return where none of theirs is flagged: the host waits for
 nothing.
 
-Records of C channels, one a program and mergeable (``norms.py``): a *gram record* ``[1 + C + C C]`` is count, mean and
-``sum (x - mean) (x - mean)^T``, a *moments record* ``[1 + 2 C]`` count, mean and ``sum (x - mean)^2``.
+Each program leaves a record, and records merge: ``norms.py`` says what is in a gram record and in a moments record.
 
 Sums are taken about a shift s, which cancels: of the Gram matrix the mean of the program's own first pixels, rounded to
 X's type, where that is more than four of their standard deviations, else 0. Then x - s is exact for nearly every x
 (Sterbenz). A small shift would be worse than none, as x lies on its type's grid and x - s would be rounded again, by an
 error that is a function of x and doesn't average out.
 
-Precision: X in fp16, bf16 or fp32; W1 in any type, rounded to X's as it is loaded. x - s is rounded to X's type, and
+Precision: X and W1 in one type, fp16, bf16 or fp32. x - s is rounded to X's type, and
 products (IEEE in fp32 for the Gram matrix, as convolutions are for E) are summed in fp32, as are the records.
 """
 
@@ -164,7 +163,6 @@ def _direct_moments_kernel(
             mask_k = channels < c_in
             x = tl.load(x_ptrs + channels[None, :], mask=mask_m & mask_k[None, :], other=0.0)
             w = tl.load(w_ptrs + channels[:, None], mask=mask_k[:, None] & mask_e[None, :], other=0.0)
-            w = w.to(tl.float32).to(x_ptr.dtype.element_ty)
             e = tl.dot(x, w, e, input_precision=PRECISION)
         centred = tl.where(mask_m, e - mean[None, :], 0.0)
         sums += centred
@@ -231,9 +229,9 @@ def direct_moments_programs(x: Tensor, weight: Tensor) -> int:
 def direct_moments_launch(x: Tensor, weight: Tensor, stats: Tensor, kappa: Tensor, partials: Tensor) -> Launch:
     """Moments records of ``E = X W1`` into ``partials [P, 1 + 2 c_mid]``, fp32, of any P, where ``kappa`` flags it.
 
-    ``x`` is ``[N, c_in, H, W]`` (channels_last), ``weight [c_mid, c_in]``, ``stats [4, c_mid]`` of which the mean is
-    the shift, ``kappa [c_mid]`` fp32. A program owns an equal share of the pixels in order and BLOCK_E channels of E.
-    Means and sums of a block with no flagged channel are not written.
+    ``x`` is ``[N, c_in, H, W]`` (channels_last), ``weight [c_mid, c_in]`` of its type, ``stats [4, c_mid]`` of which
+    the mean is the shift, ``kappa [c_mid]`` fp32. A program owns an equal share of the pixels in order and BLOCK_E
+    channels of E. Means and sums of a block with no flagged channel are not written.
     """
     c_mid, c_in = weight.shape
     tile = tiles.direct_tile(x.element_size())

@@ -66,7 +66,7 @@ def _sums_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "blocks_c"])
-def _input_grad_kernel(
+def _projected_grad_kernel(
     dy_ptr, p_ptr, coefs_ptr, dp_ptr, M, blocks_c, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     pid = tl.program_id(0)
@@ -140,17 +140,18 @@ def sums_bytes(dy: Tensor, p: Tensor, stats: Tensor, partials: Tensor) -> Traffi
     return Traffic(thin + means, partials.nbytes, thin + sums_programs(p) * means, partials.nbytes)
 
 
-def input_grad_launch(dy: Tensor, p: Tensor, coefs: Tensor, dp: Tensor) -> Launch:
+def projected_grad_launch(dy: Tensor, p: Tensor, coefs: Tensor, dp: Tensor) -> Launch:
     """Gradient of ``p [N, C, H, W]`` from that of its norm, ``dy``, by ``coefs [3, C]`` (fp32), into ``dp``.
 
     Of a frozen norm, whose cb and cc are 0, P is read all the same. A program owns BLOCK_M pixels by BLOCK_C channels.
     """
     grid, sizes, num_warps = _elementwise(p)
-    return Launch(_input_grad_kernel, grid, dict(dy_ptr=dy, p_ptr=p, coefs_ptr=coefs, dp_ptr=dp, **sizes), num_warps)
+    arguments = dict(dy_ptr=dy, p_ptr=p, coefs_ptr=coefs, dp_ptr=dp, **sizes)
+    return Launch(_projected_grad_kernel, grid, arguments, num_warps)
 
 
-def input_grad_bytes(dy: Tensor, p: Tensor, coefs: Tensor, dp: Tensor) -> Traffic:
-    """Bytes of ``input_grad_launch``: each tensor once, and for each block of pixels the coefficients."""
+def projected_grad_bytes(dy: Tensor, p: Tensor, coefs: Tensor, dp: Tensor) -> Traffic:
+    """Bytes of ``projected_grad_launch``: each tensor once, and for each block of pixels the coefficients."""
     thin = dy.nbytes + p.nbytes
     pixel_blocks = cdiv(p[:, 0].numel(), tiles.thin_tile(p.shape[1]).BLOCK_M)
     return Traffic(thin + coefs.nbytes, dp.nbytes, thin + pixel_blocks * coefs.nbytes, dp.nbytes)

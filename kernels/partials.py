@@ -12,9 +12,7 @@ from .common import Launch, Traffic
 
 @triton.jit
 def store_moments(partials_ptr, program, count, mean, second, offs_c, mask, C):
-    """A program's record of moments, ``[1 + 2 C]``: how many numbers there were of each channel, their mean, and the
-    sum of squares about it. ``offs_c`` are the channels of this block.
-    """
+    """A program's moments record (see ``norms.py``); ``offs_c`` are the channels of this block."""
     record = partials_ptr + program.to(tl.int64) * (1 + 2 * C)
     tl.store(record + tl.zeros_like(offs_c), tl.zeros_like(mean) + count, mask=offs_c == 0)
     tl.store(record + 1 + offs_c, mean, mask=mask)

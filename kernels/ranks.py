@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,9 +24,16 @@ def register(group: dist.ProcessGroup | None) -> str:
     return group.group_name
 
 
+@torch.compiler.assume_constant_result  # what torch.compile can't trace it runs, once
 def active(name: str) -> str:
-    """``name``, or "" where it means the default group and there is none: a process on its own."""
-    return "" if name == DEFAULT and not dist.is_initialized() else name
+    """``name``, or "" where this process is on its own: alone in the group, or it is the default one and there is none.
+
+    Raises:
+        RuntimeError: the group is gone or never was, though there are others.
+    """
+    if not dist.is_initialized():
+        return "" if name == DEFAULT else name
+    return "" if dist.get_world_size(_find(name)) == 1 else name
 
 
 def gather(record: Tensor, name: str) -> Tensor:

@@ -188,7 +188,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that in training takes its statistics over all processes of ``group``.
 
     Arguments, parameters, buffers and state dict are ``nn.BatchNorm2d``'s. Unlike ``nn.SyncBatchNorm`` it runs on CPUs
-    too. Where ``torch.distributed`` isn't initialised, and the group is the default one, it is ``nn.BatchNorm2d``.
+    too. Where the group has no other process, or is the default one and ``torch.distributed`` isn't initialised, it is
+    ``nn.BatchNorm2d``.
     """
 
     group: str  # by name: modules are copied and pickled, process groups can't be

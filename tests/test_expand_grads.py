@@ -15,7 +15,7 @@ from numerics import assert_parity
 from test_traffic import assert_counted, interpreted, nhwc
 from torch import Tensor
 
-from kernels import common, expand_grads
+from kernels import common, expand_finalisers, expand_grads
 
 pytestmark = pytest.mark.one_type
 
@@ -40,7 +40,7 @@ def _few_processors(monkeypatch):
 
 
 class Operands(NamedTuple):
-    """What is given: X, dZ1 and dY, W1 in fp32 or X's type, gamma and beta, running statistics."""
+    """What is given: X, dZ1 and dY, W1 in their type, gamma and beta, running statistics; the type of W1's gradient."""
 
     x: Tensor
     dz: Tensor
@@ -49,6 +49,7 @@ class Operands(NamedTuple):
     gamma: Tensor
     beta: Tensor
     running: tuple[Tensor, Tensor]
+    kept: torch.dtype
 
 
 class Gradients(NamedTuple):
@@ -61,7 +62,7 @@ class Gradients(NamedTuple):
     t: Tensor
 
 
-def operands(shape, dtype, device, memory, mean=0.0, weight_dtype=torch.float32):
+def operands(shape, dtype, device, memory, mean=0.0, kept=torch.float32):
     N, c_in, c_mid, H, W = shape
 
     def image(C, mean=0.0):
@@ -70,16 +71,15 @@ def operands(shape, dtype, device, memory, mean=0.0, weight_dtype=torch.float32)
 
     weight = torch.randn(c_mid, c_in, device=device) * (2 / c_in) ** 0.5
     vectors = [torch.randn(c_mid, device=device) for _ in range(2)] + [torch.rand(c_mid, device=device) + 0.5] * 2
-    return Operands(
-        image(c_in, mean), image(c_mid), image(c_in), memory.place(weight.to(weight_dtype)), *vectors[:2], vectors[2:]
-    )
+    images = image(c_in, mean), image(c_mid), image(c_in)
+    return Operands(*images, memory.place(weight.to(dtype)), *vectors[:2], vectors[2:], kept)
 
 
 def by_autograd(o: Operands, frozen: bool, residual: bool, dtype: torch.dtype) -> Gradients:
-    """By torch in ``dtype``, of a convolution with the rounded weights and a norm."""
+    """By torch in ``dtype``, of a convolution and a norm."""
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     x = o.x.to(dtype).requires_grad_()
-    weight = o.weight.to(o.x.dtype).to(precise).requires_grad_()
+    weight = o.weight.to(precise).requires_grad_()
     gamma, beta = (leaf.to(precise).requires_grad_() for leaf in (o.gamma, o.beta))
     e = F.conv2d(x, weight.to(dtype)[:, :, None, None])
     z = F.batch_norm(e, *(r.to(precise) for r in o.running), gamma, beta, not frozen, 0.0, EPS)
@@ -88,9 +88,7 @@ def by_autograd(o: Operands, frozen: bool, residual: bool, dtype: torch.dtype) -
     scaled = weight.detach() * (gamma.detach() * (var + EPS).rsqrt())[:, None]
     t = F.conv2d(o.dz.to(dtype), scaled.to(dtype).t()[:, :, None, None])
     dx = x.grad + o.dy.to(dtype) if residual else x.grad
-    return Gradients(
-        dx, weight.grad.to(torch.float64 if dtype == torch.float64 else o.weight.dtype), gamma.grad, beta.grad, t
-    )
+    return Gradients(dx, weight.grad.to(torch.promote_types(dtype, o.kept)), gamma.grad, beta.grad, t)
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -106,7 +104,7 @@ def gram_record(x: Tensor) -> Tensor:
 
 def stats_of(o: Operands, gram: Tensor, frozen: bool) -> Tensor:
     """BN1's stats [4, c_mid], from the record of X."""
-    weight, c_in = o.weight.to(o.x.dtype).double(), o.x.shape[1]
+    weight, c_in = o.weight.double(), o.x.shape[1]
     if frozen:
         mean, var = (r.double() for r in o.running)
     else:
@@ -133,14 +131,13 @@ def partials_of(x: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
 def weight_grad(o, stats, gram, local=None, global_sums=None, *, only_sums=False):
     """dW1, the rank's sums, the gradients of BN1, and pull, by the kernel."""
     c_mid = len(o.weight)
-    dweight = None if only_sums else common.allocate_like(o.weight)
+    dweight = None if only_sums else common.allocate(tuple(o.weight.shape), o.weight, o.kept)
     pull = None if only_sums else common.allocate((2, c_mid), o.weight, torch.float64)
     sums = common.allocate((2, c_mid), o.weight, torch.float64)
     grads = common.allocate((2, c_mid), o.weight, torch.float32)
-    name = str(o.x.dtype).removeprefix("torch.")
     s, dbeta = sums_of(o.x, o.dz)
     tensors = (s, dbeta, stats, o.weight, gram, local, global_sums, dweight, sums, grads, pull)
-    expand_grads.expand_weight_grad_launch(*tensors, name).run(o.x.device)
+    expand_finalisers.expand_weight_grad_launch(*tensors).run(o.x.device)
     return dweight, sums, grads, pull
 
 
@@ -149,7 +146,7 @@ def pull_back(weight, pull, gram, dtype):
     c_in = weight.shape[1]
     matrix = common.allocate((c_in, c_in), weight, dtype)
     scale, vector = (common.allocate((c_in,), weight, torch.float32) for _ in range(2))
-    expand_grads.pull_back_launch(weight, pull, gram, matrix, scale, vector).run(weight.device)
+    expand_finalisers.pull_back_launch(weight, pull, gram, matrix, scale, vector).run(weight.device)
     return matrix, scale, vector
 
 
@@ -186,8 +183,8 @@ def test_gradients(shape, how, dtype, device, memory):
     check(o, memory, frozen=how == "frozen", residual=shape[1] in (3, 24, 96))
 
 
-def test_gradients_of_weights_of_x_s_type(dtype, device, memory):
-    check(operands(CASES["few pixels"], dtype, device, memory, weight_dtype=dtype), memory, frozen=False, residual=True)
+def test_a_gradient_of_weights_of_x_s_type(dtype, device, memory):
+    check(operands(CASES["few pixels"], dtype, device, memory, kept=dtype), memory, frozen=False, residual=True)
 
 
 def check(o, memory, *, frozen, residual):
@@ -203,7 +200,7 @@ def check(o, memory, *, frozen, residual):
     moved, dx = stored.double() - truth.t, input_grad(o, stats, pulled, residual, stored)
     assert_parity("dx from T", dx, truth.dx + moved, (other.dx + moved).to(dtype))
     assert torch.equal(grads, sums.flip(0).float())
-    assert dweight.dtype == o.weight.dtype
+    assert dweight.dtype == o.kept
     assert not frozen or not pull.any()
 
 
@@ -211,31 +208,32 @@ def check(o, memory, *, frozen, residual):
 @pytest.mark.parametrize("magnitude", [1.0, 1e-7], ids=["", "tiny"])
 def test_pull_back(shape, magnitude, dtype, device, memory):
     c_in, c_mid = shape[1:3]
-    weight = memory.place(torch.randn(c_mid, c_in, device=device))
+    weight = memory.place(torch.randn(c_mid, c_in, device=device).to(dtype))
     pull = memory.place(torch.randn(2, c_mid, device=device, dtype=torch.float64) * magnitude)
     gram = memory.place(torch.randn(1 + c_in + c_in**2, device=device, dtype=torch.float64) + 8)
     matrix, scale, vector = pull_back(weight, pull, gram, dtype)
-    rounded = weight.to(dtype).double()
-    truth = rounded.t() @ (rounded * pull[0][:, None])
-    other = rounded.float().t() @ (rounded * pull[0][:, None]).float()
+    exact = weight.double()
+    truth = exact.t() @ (exact * pull[0][:, None])
+    other = exact.float().t() @ (exact * pull[0][:, None]).float()
     assert_parity("matrix", matrix, truth / scale, (other / scale).to(dtype))
     largest = matrix.float().abs().amax(0)
     assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))
     assert ((largest >= 0.5) & (largest <= 1)).all()
-    want = rounded.t() @ pull[1] - gram[1 : 1 + c_in] @ (matrix.double() * scale.double())
+    want = exact.t() @ pull[1] - gram[1 : 1 + c_in] @ (matrix.double() * scale.double())
     assert_parity("vector", vector, want, want.float())
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
 def test_pull_back_of_nothing_is_nothing_and_of_infinity_not_finite(dtype, device, memory):
-    weight, gram = (memory.place(torch.randn(n, m, device=device)) for n, m in ((10, 3), (1, 13)))
+    weight = memory.place(torch.randn(10, 3, device=device).to(dtype))
+    gram = memory.place(torch.randn(13, device=device, dtype=torch.float64))
     pull = torch.zeros(2, 10, device=device, dtype=torch.float64)
-    matrix, scale, vector = pull_back(weight, memory.place(pull), memory.place(gram.double().flatten()), dtype)
+    matrix, scale, vector = pull_back(weight, memory.place(pull), gram, dtype)
     assert not matrix.any()
     assert not vector.any()
     assert (scale == 1).all()
     pull[0, 4] = float("inf")
-    matrix, *_ = pull_back(weight, memory.place(pull), memory.place(gram.double().flatten()), dtype)
+    matrix, *_ = pull_back(weight, memory.place(pull), gram, dtype)
     assert not matrix.isfinite().any()
 
 
@@ -317,7 +315,8 @@ def test_launches_move_the_bytes_of_their_formulas(shape):
 
     c_mid = min(c_mid, 21)  # three programs for the gradient of W1
     dz = nhwc(N, c_mid, H, W)
-    weight, stats, dweight, grads = (torch.zeros(*s) for s in ((c_mid, c_in), (4, c_mid), (c_mid, c_in), (2, c_mid)))
+    stats, dweight, grads = torch.zeros(4, c_mid), torch.zeros(c_mid, c_in), torch.zeros(2, c_mid)
+    weight = torch.zeros(c_mid, c_in, dtype=torch.float16)
     sizes = (1 + c_in + c_in**2,), (1 + c_in + c_in**2,), (c_mid, c_in), (c_mid,), (2, c_mid), (2, c_mid), (2, c_mid)
     gram, local, s, dbeta, others, sums, pull = (torch.ones(*size, dtype=torch.float64) for size in sizes)
     for moments, outputs in (
@@ -327,13 +326,13 @@ def test_launches_move_the_bytes_of_their_formulas(shape):
         ((gram, local, others), (dweight, sums, grads, pull)),
         ((None, None, None), (dweight, sums, grads, pull)),
     ):
-        arguments = (s, dbeta, stats, weight, *moments, *outputs, "float16")
-        launch = expand_grads.expand_weight_grad_launch(*arguments)
-        assert_counted(launch, expand_grads.expand_weight_grad_bytes(*arguments))
+        arguments = (s, dbeta, stats, weight, *moments, *outputs)
+        launch = expand_finalisers.expand_weight_grad_launch(*arguments)
+        assert_counted(launch, expand_finalisers.expand_weight_grad_bytes(*arguments))
 
     tiny = torch.zeros(c_in, c_in, dtype=torch.float16), torch.ones(c_in), torch.ones(c_in)
     arguments = (weight, pull, gram, *tiny)
-    assert_counted(expand_grads.pull_back_launch(*arguments), expand_grads.pull_back_bytes(*arguments))
+    assert_counted(expand_finalisers.pull_back_launch(*arguments), expand_finalisers.pull_back_bytes(*arguments))
     for arguments in (
         (dx, None, dz, weight, stats, x, *tiny, dy),
         (dx, t, None, None, None, x, *tiny, None),

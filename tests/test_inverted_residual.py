@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import BatchNorm, common, inverted_residual, reference
-from kernels.norms import KAPPA_MAX
+from kernels.moments import KAPPA_MAX
 from mnv2.model import layer_shapes
 
 PARTS = ("x", "w1", "wd", "w2", "gamma1", "beta1", "gamma2", "beta2", "gamma3", "beta3")
@@ -300,6 +300,19 @@ def test_autocast_keeps_gradients_in_fp32(device):
     torch.testing.assert_close(y, twin.half(), rtol=2e-2, atol=2e-2)
     y.backward(dy.to(device).half())
     assert {tensor.grad.dtype for tensor in (x, *module.parameters())} == {torch.float32}
+
+
+def test_masters_are_rounded_before_their_statistics_are_taken(device):
+    module, x, dy = block()
+    module, x, dy = module.to(device), x.to(device).half(), dy.to(device).half()
+    rounded = deepcopy(module)
+    for conv in (rounded.expand[0], rounded.project):
+        conv.half().float()
+    with torch.autocast(device.type, torch.float16):
+        (y, *got), (expected, *want) = (results(one, x, dy, backend="triton") for one in (module, rounded))
+    assert torch.equal(y, expected)
+    for found, other in zip(got, want, strict=True):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in found.items())
 
 
 def test_infinities_reach_the_scaler(device):

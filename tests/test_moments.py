@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.count import count
-from kernels import common, moments, norms
+from kernels import common, gram_norm, moments, norm_grads, norms
 from kernels.common import BatchNorm
 from kernels.moments import KAPPA_MAX
 
@@ -39,6 +39,11 @@ def images(shape, dtype, device, mean=0.0):
     scale = torch.logspace(-1, 1, C, device=device).view(1, C, 1, 1)
     x = torch.randn(shape, device=device)
     return nhwc(((x + 0.5 * x.roll(1, 1) + mean) * scale).to(dtype))
+
+
+def weights(c_mid, c_in, dtype, device):
+    """W1, in X's type as the block rounds it."""
+    return torch.randn(c_mid, c_in, device=device).to(dtype)
 
 
 def rows_of(x):
@@ -92,15 +97,20 @@ def gram_of(x, programs=None):
     return partials, torch.cat([n.sum()[None], whole, second.flatten()])
 
 
-def merge(partials, C):
+def merge_gram(partials, C):
     (merged,) = allocate(partials, partials.shape[1:], dtype=torch.float64)
-    norms.merge_launch(partials, merged, C).run(partials.device)
+    gram_norm.merge_gram_launch(partials, merged, C).run(partials.device)
     return merged
 
 
-def normalise_gram(gram, weight, x, norm, update=True):
+def merge_moments(partials, C):
+    """As a norm with nothing of its own merges them."""
+    return normalise(partials, BatchNorm(None, None, None, None, None, batch_stats=True), C)[1]
+
+
+def normalise_gram(gram, weight, norm):
     stats, kappa = allocate(gram, (4, len(weight)), (len(weight),))
-    norms.normalise_gram_launch(gram, weight, x.dtype, norm, stats, kappa, update=update).run(x.device)
+    gram_norm.normalise_gram_launch(gram, weight, norm, stats, kappa).run(gram.device)
     return stats, kappa
 
 
@@ -208,6 +218,7 @@ RECORDS = {
     "moments, a long walk": (5, False, 270),
     "moments of two ranks": (20, False, 2),
     "gram": (6, True, 3),
+    "gram, a long walk": (5, True, 270),
     "gram, wide": (70, True, 18),
     "one channel": (1, True, 2),
 }
@@ -219,8 +230,11 @@ def test_merged_records_are_the_record_of_all(C, gram, P, kind, device, memory):
     parts = [100 + torch.randn(1 + p % 4, C, device=device, dtype=torch.float64) for p in range(P)]
     records = torch.stack([record_of(part, gram) for part in parts]).to(kind)
     whole = record_of(torch.cat(parts), gram)
-    tolerance = {"rtol": 1e-9, "atol": 1e-9} if kind == torch.float64 else {"rtol": 1e-4, "atol": 1e-3}
-    torch.testing.assert_close(merge(memory.place(records), C), whole, **tolerance)
+    rounding = 2e-15 * whole[0].item() * 100**2  # of n mean^2, beside which covariances are small
+    exact = {"rtol": 1e-9, "atol": max(1e-9, rounding)}
+    tolerance = exact if kind == torch.float64 else {"rtol": 1e-4, "atol": 1e-3}
+    merged = (merge_gram if gram else merge_moments)(memory.place(records), C)
+    torch.testing.assert_close(merged, whole, **tolerance)
 
 
 def test_records_may_be_a_stack_with_a_stride(device, memory):
@@ -228,9 +242,9 @@ def test_records_may_be_a_stack_with_a_stride(device, memory):
     buffer = torch.full((4, 50), float("nan"), device=device, dtype=torch.float64)
     for row, part in zip(buffer, x.split(10), strict=True):
         row[:43] = record_of(part, gram=True)
-    torch.testing.assert_close(merge(memory.place(buffer)[:, :43], 6), record_of(x, gram=True))
+    torch.testing.assert_close(merge_gram(memory.place(buffer)[:, :43], 6), record_of(x, gram=True))
     with pytest.raises(ValueError, match="partials: expected records of"):
-        norms.merge_launch(buffer, buffer[0], 6)
+        gram_norm.merge_gram_launch(buffer, buffer[0], 6)
 
 
 NORMS = {
@@ -318,32 +332,31 @@ def test_a_variance_that_rounding_made_negative_is_zero(device, memory):
     torch.testing.assert_close(norm.running_var, 0.9 * before)
 
 
-EXPANSIONS = {  # masters: W1 is in fp32, as under autocast
-    "every mask partial": ((3, 3, 7, 5), 10, False),
-    "two blocks of E, masters": ((2, 8, 9, 11), 70, True),
-    "eight rows of the matrix at a time": ((1, 24, 27, 23), 40, False),
-    "channels of X beyond 64, masters": ((1, 70, 9, 11), 12, True),
+EXPANSIONS = {
+    "every mask partial": ((3, 3, 7, 5), 10),
+    "two blocks of E": ((2, 8, 9, 11), 70),
+    "eight rows of the matrix at a time": ((1, 24, 27, 23), 40),
+    "channels of X beyond 64": ((1, 70, 9, 11), 12),
 }
 
 
-@pytest.mark.parametrize(("shape", "c_mid", "masters"), EXPANSIONS.values(), ids=EXPANSIONS.keys())
-def test_normalise_gram_is_batchnorm_of_the_convolution(shape, c_mid, masters, dtype, device, memory):
+@pytest.mark.parametrize(("shape", "c_mid"), EXPANSIONS.values(), ids=EXPANSIONS.keys())
+def test_normalise_gram_is_batchnorm_of_the_convolution(shape, c_mid, dtype, device, memory):
     x = memory.place(images(shape, dtype, device, 0.5))
-    weight = torch.randn(c_mid, shape[1], device=device)
-    weight = memory.place(weight if masters else weight.to(dtype))
+    weight = memory.place(weights(c_mid, shape[1], dtype, device))
     given, module = norm_of(c_mid, device)
     norm = placed(memory, given)
-    stats, kappa = normalise_gram(memory.place(record_of(rows_of(x), gram=True)), weight, x, norm)
+    stats, kappa = normalise_gram(memory.place(record_of(rows_of(x), gram=True)), weight, norm)
 
-    rounded = weight.to(dtype).double()
-    e = F.conv2d(x.double(), rounded[:, :, None, None])
+    exact = weight.double()
+    e = F.conv2d(x.double(), exact[:, :, None, None])
     module.double()(e)
     pixels = rows_of(e)
     assert_stats(stats, stats_truth(pixels.mean(0), pixels.var(0, unbiased=False), norm), 1e-4)
     assert (kappa <= KAPPA_MAX).all()
     _, second = gram_truth(x)
-    largest = ((rounded.abs() @ second.abs()) * rounded.abs()).sum(1)
-    truth = largest / ((rounded @ second) * rounded).sum(1)
+    largest = ((exact.abs() @ second.abs()) * exact.abs()).sum(1)
+    truth = largest / ((exact @ second) * exact).sum(1)
     torch.testing.assert_close(kappa.double(), truth, rtol=1e-3, atol=0)
     torch.testing.assert_close(norm.running_mean.double(), module.running_mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(norm.running_var.double(), module.running_var, rtol=1e-4, atol=1e-4)
@@ -351,7 +364,7 @@ def test_normalise_gram_is_batchnorm_of_the_convolution(shape, c_mid, masters, d
 
 @pytest.mark.parametrize("dead", ["weights", "x"])
 def test_a_dead_channel_is_not_flagged(dead, dtype, device, memory):
-    x, weight = images((1, 8, 5, 7), dtype, device), torch.randn(6, 8, device=device)
+    x, weight = images((1, 8, 5, 7), dtype, device), weights(6, 8, dtype, device)
     if dead == "x":
         x.zero_()
     else:
@@ -359,7 +372,7 @@ def test_a_dead_channel_is_not_flagged(dead, dtype, device, memory):
     given = norm_of(6, device)[0]
     norm = placed(memory, given)
     x, weight = memory.place(x), memory.place(weight)
-    stats, kappa = normalise_gram(gram_of(x)[1], weight, x, norm)
+    stats, kappa = normalise_gram(gram_of(x)[1], weight, norm)
     channels = slice(None) if dead == "x" else slice(2, 3)
     zeros = torch.zeros(6, dtype=torch.float64, device=device)
     assert kappa[channels].eq(0).all()
@@ -374,7 +387,7 @@ def collinear(dtype, device):
     weight = torch.randn(84, 8, device=device)
     weight[[3, 80]] = 0
     weight[3, 2], weight[3, 5], weight[80, 2], weight[80, 5] = 1, -1, -3, 3
-    return nhwc(x.to(dtype)), weight
+    return nhwc(x.to(dtype)), weight.to(dtype)
 
 
 def direct(x, weight, stats, kappa, programs=None):
@@ -390,11 +403,11 @@ def test_cancelling_channels_are_flagged_and_computed_directly(programs, dtype, 
     given, module = norm_of(84, device)
     norm = placed(memory, given)
     norms.count_batch(norm)
-    stats, kappa = normalise_gram(gram_of(x)[1], weight, x, norm)
+    stats, kappa = normalise_gram(gram_of(x)[1], weight, norm)
     flagged = kappa > KAPPA_MAX
     assert flagged.nonzero().flatten().tolist() == [3, 80]
 
-    e = F.conv2d(x.double(), weight.to(dtype).double()[:, :, None, None])
+    e = F.conv2d(x.double(), weight.double()[:, :, None, None])
     pixels = rows_of(e)
     mean, var = pixels.mean(0), pixels.var(0, unbiased=False)
     torch.testing.assert_close(norm.running_mean[flagged], given.running_mean[flagged])
@@ -404,7 +417,8 @@ def test_cancelling_channels_are_flagged_and_computed_directly(programs, dtype, 
     after = (merged[85:][flagged] / merged[0] - var[flagged]).abs() / var[flagged]
     assert (after < 1e-3).all()
     if dtype != torch.bfloat16:  # no nearer than one of its roundings, which the Gram matrix stands
-        rstd = normalise_gram(gram_of(x)[1], weight, x, norm._replace(eps=1e-12), update=False)[0][1].double()
+        precise = norm._replace(running_mean=None, running_var=None, eps=1e-12)
+        rstd = normalise_gram(gram_of(x)[1], weight, precise)[0][1].double()
         assert ((rstd.square() * var - 1).abs()[flagged] > 1e-3).all()
     assert_stats(stats, stats_truth(mean, var, norm), 1e-4)
     for got, want in zip((stats, norm.running_mean, norm.running_var), untouched, strict=True):
@@ -419,7 +433,7 @@ def test_channels_that_cancel_to_nothing_are_flagged_and_have_no_variance(dtype,
     x[:, 5] = x[:, 2]
     x, weight = memory.place(x), memory.place(weight)
     norm = placed(memory, norm_of(84, device)[0])
-    stats, kappa = normalise_gram(gram_of(x)[1], weight, x, norm)
+    stats, kappa = normalise_gram(gram_of(x)[1], weight, norm)
     assert kappa[[3, 80]].isinf().all()
     normalise(direct(x, weight, stats, kappa), norm, 84, kappa, stats)
     zeros = torch.zeros(84, dtype=torch.float64, device=device)
@@ -428,17 +442,17 @@ def test_channels_that_cancel_to_nothing_are_flagged_and_have_no_variance(dtype,
 
 def test_direct_moments_of_all_channels(dtype, device, memory):
     x = memory.place(images((2, 40, 9, 11), dtype, device, 1))  # two products a pixel
-    weight = memory.place(torch.randn(70, 40, device=device))
+    weight = memory.place(weights(70, 40, dtype, device))
     stats = memory.place(torch.zeros(4, 70, device=device))
     partials = direct(x, weight, stats, memory.place(torch.full((70,), float("inf"), device=device)), 2)
-    pixels = rows_of(F.conv2d(x.double(), weight.to(dtype).double()[:, :, None, None]))
-    torch.testing.assert_close(merge(partials, 70), record_of(pixels), rtol=1e-4, atol=1e-3)
+    pixels = rows_of(F.conv2d(x.double(), weight.double()[:, :, None, None]))
+    torch.testing.assert_close(merge_moments(partials, 70), record_of(pixels), rtol=1e-4, atol=1e-3)
 
 
 def test_where_nothing_is_flagged_nothing_is_done(dtype, device, memory):
-    x, weight = memory.place(images((1, 8, 5, 7), dtype, device)), memory.place(torch.randn(70, 8, device=device))
+    x, weight = memory.place(images((1, 8, 5, 7), dtype, device)), memory.place(weights(70, 8, dtype, device))
     norm = placed(memory, norm_of(70, device)[0])
-    stats, kappa = normalise_gram(gram_of(x)[1], weight, x, norm)
+    stats, kappa = normalise_gram(gram_of(x)[1], weight, norm)
     before = stats.clone(), norm.running_mean.clone(), norm.running_var.clone()
     partials = direct(x, weight, stats, kappa, 2)
     assert partials[:, 0].sum() == 35
@@ -464,11 +478,11 @@ def gradient_sums(x, g, stats, P):
     return torch.stack([torch.stack([part.sum(0), (part * c).sum(0)]) for part, c in pairs])
 
 
-def norm_grads(partials, stats, record):
+def gradients(partials, stats, record):
     C = stats.shape[1]
     (sums,) = allocate(stats, (2, C), dtype=torch.float64)
     grads, coefs = allocate(stats, (2, C), (3, C))
-    norms.norm_grads_launch(partials, stats, record, sums, grads, coefs).run(stats.device)
+    norm_grads.norm_grads_launch(partials, stats, record, sums, grads, coefs).run(stats.device)
     return sums, grads, coefs
 
 
@@ -491,7 +505,7 @@ def test_gradients_of_batchnorm(frozen, P, device, memory):
     else:
         stats, _ = normalise(record[None], norm, C)
     partials = memory.place(gradient_sums(x.detach(), g, stats, P).float())
-    sums, grads, coefs = norm_grads(partials, stats, None if frozen else record)
+    sums, grads, coefs = gradients(partials, stats, None if frozen else record)
     torch.testing.assert_close(grads.double(), torch.stack([weight.grad, bias.grad]), rtol=1e-5, atol=1e-3)
     ca, cb, cc = coefs.double()
     torch.testing.assert_close(ca * g + cb * x.detach() + cc, x.grad, rtol=1e-4, atol=1e-5)
@@ -500,7 +514,7 @@ def test_gradients_of_batchnorm(frozen, P, device, memory):
 
     # Two ranks that hold half of the partials each come to the same, by stacked sums.
     ranks = torch.stack([partials[P // 2 :].double().sum(0), partials[: P // 2].double().sum(0)])
-    again = norm_grads(memory.place(ranks), stats, None if frozen else record)
+    again = gradients(memory.place(ranks), stats, None if frozen else record)
     for one, other in zip((sums, grads, coefs), again, strict=True):
         torch.testing.assert_close(one, other, **SAME)
 
@@ -528,8 +542,8 @@ def test_bytes_of_statistics(shape, programs, dtype):
     partials = torch.zeros(programs or moments.gram_programs(x), 1 + C + C * C)
     assert_counted(moments.gram_launch(x, partials), moments.gram_bytes(x, partials))
     merged = torch.zeros(1 + C + C * C, dtype=torch.float64)
-    assert_counted(norms.merge_launch(partials, merged, C), norms.merge_bytes(partials, merged, C))
-    weight, stats = torch.randn(c_mid, C), torch.zeros(4, c_mid)
+    assert_counted(gram_norm.merge_gram_launch(partials, merged, C), gram_norm.merge_gram_bytes(partials, merged, C))
+    weight, stats = weights(c_mid, C, dtype, device), torch.zeros(4, c_mid)
     partials = torch.zeros(programs or moments.direct_moments_programs(x, weight), 1 + 2 * c_mid)
     for kappa, flagged in ((torch.zeros(c_mid), False), (torch.full((c_mid,), 1e5), True)):
         arguments = (x, weight, stats, kappa, partials)
@@ -538,10 +552,9 @@ def test_bytes_of_statistics(shape, programs, dtype):
     norm = norm_of(c_mid, device)[0]
     gram = torch.rand(1 + C + C * C, dtype=torch.float64)
     gram[1 + C :] = torch.eye(C).flatten()
-    arguments = (gram, weight, dtype, norm, stats, torch.zeros(c_mid))
-    update = programs is None
-    formula = norms.normalise_gram_bytes(*arguments, update=update)
-    assert_counted(norms.normalise_gram_launch(*arguments, update=update), formula)
+    for given in (norm, norm._replace(running_mean=None, running_var=None)):
+        arguments = (gram, weight, given, stats, torch.zeros(c_mid))
+        assert_counted(gram_norm.normalise_gram_launch(*arguments), gram_norm.normalise_gram_bytes(*arguments))
 
 
 @interpreted
@@ -552,8 +565,9 @@ def test_bytes_of_norms(options, P):
     norm, stats = norm_of(C, device, **options)[0], torch.ones(4, C)
     if norm.num_batches_tracked is not None:
         norms.count_batch(norm)
+    grams, merged = torch.ones(P, 1 + C + C * C), torch.zeros(1 + C + C * C, dtype=torch.float64)
+    assert_counted(gram_norm.merge_gram_launch(grams, merged, C), gram_norm.merge_gram_bytes(grams, merged, C))
     partials, merged = torch.ones(P, 1 + 2 * C), torch.zeros(1 + 2 * C, dtype=torch.float64)
-    assert_counted(norms.merge_launch(partials, merged, C), norms.merge_bytes(partials, merged, C))
     for kappa, flagged in ((None, False), (torch.zeros(C), False), (torch.full((C,), 1e5), True)):
         arguments = (partials, norm, stats, merged, kappa)
         formula = norms.normalise_bytes(*arguments, flagged=flagged)
@@ -565,4 +579,4 @@ def test_bytes_of_norms(options, P):
     outputs = (torch.zeros(2, C, dtype=torch.float64), torch.zeros(2, C), torch.zeros(3, C))
     for record in (merged, None):
         arguments = (torch.ones(P, 2, C), stats, record, *outputs)
-        assert_counted(norms.norm_grads_launch(*arguments), norms.norm_grads_bytes(*arguments))
+        assert_counted(norm_grads.norm_grads_launch(*arguments), norm_grads.norm_grads_bytes(*arguments))

@@ -84,11 +84,11 @@ def test_sums(shape, mean, dtype, device, memory, few_processors):
 
 
 @cases
-def test_input_grad(shape, dtype, device, memory):
+def test_projected_grad(shape, dtype, device, memory):
     dy, p = (memory.place(image(shape, dtype, device)) for _ in range(2))
     coefs = memory.place(torch.randn(3, shape[1], device=device))
     dp = common.allocate(shape, p)
-    norm_passes.input_grad_launch(dy, p, coefs, dp).run(device)
+    norm_passes.projected_grad_launch(dy, p, coefs, dp).run(device)
     ca, cb, cc = rows(coefs)
     truth = ca.double() * dy.double() + cb.double() * p.double() + cc.double()
     assert_parity("dp", dp, truth, (ca * dy.float() + (cb * p.float() + cc)).to(dtype))
@@ -121,7 +121,7 @@ def test_together_they_are_a_norm_and_its_gradients(frozen, dtype, device, memor
     dgamma, n = rstd * centred, p.numel() // C
     cb = torch.zeros_like(scale) if frozen else -scale * rstd * dgamma / n
     cc = torch.zeros_like(scale) if frozen else -scale * dbeta / n - cb * mean
-    norm_passes.input_grad_launch(dy, p, memory.place(torch.stack([scale, cb, cc]).float()), dp).run(device)
+    norm_passes.projected_grad_launch(dy, p, memory.place(torch.stack([scale, cb, cc]).float()), dp).run(device)
     got, names = (y, dp, dgamma.float(), dbeta.float()), ("y", "dp", "dgamma", "dbeta")
     truth, other = torchs(torch.float64, torch.float64), torchs(dtype, torch.float32)
     for name, *values in zip(names, got, truth, other, strict=True):
@@ -171,7 +171,7 @@ def test_launches_move_the_bytes_of_their_formulas(shape, few_processors):
     arguments = (other, p, stats, partials)
     assert_counted(norm_passes.sums_launch(*arguments), norm_passes.sums_bytes(*arguments))
     arguments = (other, p, coefs, out)
-    assert_counted(norm_passes.input_grad_launch(*arguments), norm_passes.input_grad_bytes(*arguments))
+    assert_counted(norm_passes.projected_grad_launch(*arguments), norm_passes.projected_grad_bytes(*arguments))
 
 
 def test_the_cases_have_several_programs_in_each_direction_and_every_width_of_tile(few_processors):

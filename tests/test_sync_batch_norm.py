@@ -220,6 +220,13 @@ def alone():
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def shared(alone, monkeypatch):
+    """The same, of which modules think that there are others in it."""
+    monkeypatch.setattr(ranks, "active", lambda name: name)
+    return alone
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_group_of_one_process(alone, dtype):
     x, dy = whole((3,), dtype)
@@ -256,9 +263,9 @@ def test_a_second_derivative_is_refused(alone):
     list(itertools.product([{}, {"momentum": None}, {"track_running_stats": False}, {"affine": False}], [True, False])),
     ids=str,
 )
-def test_the_module_follows_torchs_options(alone, options, statistics):
+def test_the_module_follows_torchs_options(shared, options, statistics):
     plain, module = nn.BatchNorm2d(C, **options).double(), SyncBatchNorm2d(C, **options).double()
-    assert module.group == alone
+    assert module.group == shared
     for mode in (True, statistics, True):
         x = torch.randn(4, C, 3, 5, dtype=torch.float64) * 2 + 1
         torch.testing.assert_close(module.train(mode)(x), plain.train(mode)(x))
@@ -285,7 +292,7 @@ def test_no_numbers_in_any_process(alone):
     assert all(t.isfinite().all() for t in (norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var))
 
 
-def test_compiles_whole(alone):
+def test_compiles_whole(shared):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.ReLU())
     module = convert_sync_batchnorm(deepcopy(plain))
@@ -349,6 +356,34 @@ def test_without_processes_it_is_the_plain_module():
     x = torch.randn(3, C, 4, 4)
     assert torch.equal(module(x), plain(x))
     assert torch.equal(module.running_var, plain.running_var)
+
+
+def norm_and_block():
+    """Modules with batch statistics: a norm by torch, and a block through the kernels."""
+    shape = LayerShape("", "block", C, 3 * C, C, 9, 7, 9, 7, residual=True, expand_macs=1)
+    return [nn.BatchNorm2d(C), InvertedResidual(shape, padding="symmetric", norm_eps=1e-5, backend="triton", save="D")]
+
+
+@pytest.mark.parametrize("plain", norm_and_block(), ids=["norm", "block"])
+@pytest.mark.parametrize("default", [True, False], ids=["default group", "another"])
+def test_alone_in_its_group_a_process_gathers_nothing(alone, plain, default, device, monkeypatch):
+    monkeypatch.setattr(ranks, "gather", None)
+    plain = deepcopy(plain).to(device)
+    module = convert_sync_batchnorm(deepcopy(plain), None if default else dist.new_group([0]))
+    x, dy = (tensor.to(device) for tensor in whole((3,), torch.float32))
+    found = []
+    for network in (plain, module):
+        given = x.detach().requires_grad_()
+        y = network(given)
+        y.backward(dy)
+        found.append([y, given.grad, *(parameter.grad for parameter in network.parameters()), *network.buffers()])
+    assert all(map(torch.equal, *found))
+
+
+def test_alone_and_compiled_whole(alone):
+    module = SyncBatchNorm2d(C, group=dist.new_group([0]))
+    x = torch.randn(2, C, 4, 4)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), nn.BatchNorm2d(C)(x))
 
 
 def test_groups_that_are_not_there_are_named():
