@@ -26,11 +26,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, tiles
-from .common import Launch, Traffic, cdiv, covered, front_padding
+from .common import Launch, Traffic, cdiv, covered
 from .partials import store_moments
 from .register_tiles import joined, operand_bytes, parted, store_masked, surplus_again
 from .tiles import ExpandTile
-from .walks import Walk, activation, load_expansion, load_taps, strip_columns
+from .walks import Walk, activation, load_expansion, load_taps, strip_columns, walk_of
 
 
 @triton.constexpr_function
@@ -236,34 +236,13 @@ def expand_depthwise_launch(
     With ``moments`` the launch's argument ``partials_ptr [P, 1 + 2 c_mid]`` takes the moments of D. ``tile`` replaces
     the choice.
     """
-    N, c_in, H, W = x.shape
     c_mid, H_out, W_out = d.shape[1:]
     tile = (tile or tiles.expand_tile(c_mid, stride, W_out, x.element_size())).fitted(H_out)
-    strips, blocks_e = N * cdiv(W_out, tile.COLUMNS), cdiv(c_mid, tile.BLOCK_E)
+    walk = walk_of(x, c_mid, 0, stride, padding, tile, expands=w1 is not None, WIDE_OUT=tile.WIDE_OUT)
+    strips, blocks_e = len(x) * walk.per_image, cdiv(c_mid, tile.BLOCK_E)
     groups = cdiv(strips, tile.BLOCK_S)
     ROWS = tiles.walk_rows(H_out, groups * blocks_e, tile, common.limits(x.device).processors)
     programs = groups * cdiv(H_out, ROWS)
-    walk = Walk(
-        H=H,
-        W=W,
-        c_in=c_in,
-        c_mid=c_mid,
-        c_out=0,
-        expands=w1 is not None,
-        stride=stride,
-        pad_h=front_padding(H, stride, padding),
-        pad_w=front_padding(W, stride, padding),
-        whole=strips % tile.BLOCK_S == 0,
-        precision=common.dot_precision(x),
-        BLOCK_S=tile.BLOCK_S,
-        BLOCK_E=tile.BLOCK_E,
-        BLOCK_K=tiles.block_k(c_in),
-        BLOCK_O=0,
-        COLUMNS=tile.COLUMNS,
-        WIDE=tile.WIDE,
-        WIDE_OUT=tile.WIDE_OUT,
-        UNROLL=tile.UNROLL,
-    )
     arguments = dict(
         x_ptr=x,
         w1_ptr=w1,

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, tiles
-from .common import Launch, Traffic, cdiv, covered, front_padding
+from .common import Launch, Traffic, cdiv, covered
 from .register_tiles import (
     blocks,
     hide_join,
@@ -51,7 +51,7 @@ from .register_tiles import (
     zeros,
 )
 from .tiles import ExpandGradTile
-from .walks import Walk, activation, load_expansion, load_taps, strip_columns
+from .walks import Walk, activation, load_expansion, load_taps, strip_columns, walk_of
 
 ASSEMBLY = not common.INTERPRETED  # which nothing that interprets a kernel can run
 
@@ -397,8 +397,7 @@ def expand_depthwise_grads_launch(
     The launch's arguments take fp32 partials: ``taps_ptr [P, 9, c_mid]`` of dWd, and with T ``beta_ptr [P, 1, c_mid]``
     of dbeta1 and ``s_ptr [P, c_in, c_mid]`` of S.
     """
-    N, c_in, H, W = x.shape
-    c_out, (c_mid, H_out, W_out) = dp.shape[1], d.shape[1:]
+    c_in, c_out, (c_mid, H_out, W_out) = x.shape[1], dp.shape[1], d.shape[1:]
     expands = w1 is not None
     thin = expands and out.shape[1] == c_in
     limits = common.limits(x.device)
@@ -406,7 +405,8 @@ def expand_depthwise_grads_launch(
         sizes = (c_in, c_mid, c_out, stride, W_out, x.element_size())
         tile = tiles.expand_grad_tile(*sizes, limits, expands=expands)
     tile = tile.fitted(H_out)
-    strips, blocks_e = N * cdiv(W_out, tile.COLUMNS), cdiv(c_mid, tile.BLOCK_E)
+    walk = walk_of(x, c_mid, c_out, stride, padding, tile, expands=expands)
+    strips, blocks_e = len(x) * walk.per_image, cdiv(c_mid, tile.BLOCK_E)
     side, each = (1, blocks_e) if thin else (blocks_e, 1)
     groups = cdiv(strips, tile.BLOCK_S)
     ROWS = tiles.walk_rows(H_out, groups * side, tile, limits.processors)
@@ -415,27 +415,6 @@ def expand_depthwise_grads_launch(
     def partials(rows: int) -> Tensor:
         return common.allocate((P, rows, c_mid), x, torch.float32)
 
-    walk = Walk(
-        H=H,
-        W=W,
-        c_in=c_in,
-        c_mid=c_mid,
-        c_out=c_out,
-        expands=expands,
-        stride=stride,
-        pad_h=front_padding(H, stride, padding),
-        pad_w=front_padding(W, stride, padding),
-        whole=strips % tile.BLOCK_S == 0,
-        precision=common.dot_precision(x),
-        BLOCK_S=tile.BLOCK_S,
-        BLOCK_E=tile.BLOCK_E,
-        BLOCK_K=tiles.block_k(c_in),
-        BLOCK_O=tiles.block_k(c_out),
-        COLUMNS=tile.COLUMNS,
-        WIDE=tile.WIDE,
-        WIDE_OUT=0,
-        UNROLL=tile.UNROLL,
-    )
     arguments = dict(
         x_ptr=x,
         d_ptr=d,

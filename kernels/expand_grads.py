@@ -1,4 +1,4 @@
-"""Gradients of the expansion E = X W1, the products over pixels: S of dZ1, and B3's dX. Neither E nor dE is ever formed.
+"""Gradients of the expansion E = X W1, the products over pixels: S of dZ1, and B3's dX. Neither E nor dE is formed.
 
     S   = X^T dZ1                    dbeta1 = sum dZ1
     dX  = T - X M - v (+ dY)        T = dZ1 diag(scale) W1^T

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import common, tiles
+from .common import cdiv, front_padding
 from .register_tiles import blocks, identity, load_channels, load_exact, load_weight, product
+from .tiles import ExpandGradTile, ExpandTile
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,42 @@ class Walk:
     def check_out(self) -> bool:
         """Whether some own column of D lies outside."""
         return self.per_image * self.COLUMNS != self.W_out or not self.whole
+
+
+def walk_of(
+    x: Tensor,
+    c_mid: int,
+    c_out: int,
+    stride: int,
+    padding: str,
+    tile: ExpandTile | ExpandGradTile,
+    *,
+    expands: bool,
+    WIDE_OUT: int = 0,
+) -> Walk:
+    """The walk over ``x [N, c_in, H, W]``, by this tile."""
+    N, c_in, H, W = x.shape
+    return Walk(
+        H=H,
+        W=W,
+        c_in=c_in,
+        c_mid=c_mid,
+        c_out=c_out,
+        expands=expands,
+        stride=stride,
+        pad_h=front_padding(H, stride, padding),
+        pad_w=front_padding(W, stride, padding),
+        whole=N * cdiv(cdiv(W, stride), tile.COLUMNS) % tile.BLOCK_S == 0,
+        precision=common.dot_precision(x),
+        BLOCK_S=tile.BLOCK_S,
+        BLOCK_E=tile.BLOCK_E,
+        BLOCK_K=tiles.block_k(c_in),
+        BLOCK_O=tiles.block_k(c_out) if c_out else 0,
+        COLUMNS=tile.COLUMNS,
+        WIDE=tile.WIDE,
+        WIDE_OUT=WIDE_OUT,
+        UNROLL=tile.UNROLL,
+    )
 
 
 @triton.jit
