@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common, tiles
+from . import common, training_tiles
 from .common import Launch, Traffic, cdiv, covered
 from .partials import store_moments
 from .register_tiles import joined, operand_bytes, parted, store_masked, surplus_again
-from .tiles import ExpandTile
+from .training_tiles import ExpandTile
 from .walks import Walk, activation, load_expansion, load_taps, strip_columns, walk_of
 
 
@@ -237,11 +237,11 @@ def expand_depthwise_launch(
     the choice.
     """
     c_mid, H_out, W_out = d.shape[1:]
-    tile = (tile or tiles.expand_tile(c_mid, stride, W_out, x.element_size())).fitted(H_out)
+    tile = (tile or training_tiles.expand_tile(c_mid, stride, W_out, x.element_size())).fitted(H_out)
     walk = walk_of(x, c_mid, 0, stride, padding, tile, expands=w1 is not None, WIDE_OUT=tile.WIDE_OUT)
     strips, blocks_e = len(x) * walk.per_image, cdiv(c_mid, tile.BLOCK_E)
     groups = cdiv(strips, tile.BLOCK_S)
-    ROWS = tiles.walk_rows(H_out, groups * blocks_e, tile, common.limits(x.device).processors)
+    ROWS = training_tiles.walk_rows(H_out, groups * blocks_e, tile, common.limits(x.device).processors)
     programs = groups * cdiv(H_out, ROWS)
     arguments = dict(
         x_ptr=x,

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common, tiles
+from . import common, training_tiles
 from .common import Launch, Traffic, cdiv, covered
 from .register_tiles import (
     blocks,
@@ -50,7 +50,7 @@ from .register_tiles import (
     surplus_again,
     zeros,
 )
-from .tiles import ExpandGradTile
+from .training_tiles import ExpandGradTile
 from .walks import Walk, activation, load_expansion, load_taps, strip_columns, walk_of
 
 ASSEMBLY = not common.INTERPRETED  # which nothing that interprets a kernel can run
@@ -403,13 +403,13 @@ def expand_depthwise_grads_launch(
     limits = common.limits(x.device)
     if tile is None:
         sizes = (c_in, c_mid, c_out, stride, W_out, x.element_size())
-        tile = tiles.expand_grad_tile(*sizes, limits, expands=expands)
+        tile = training_tiles.expand_grad_tile(*sizes, limits, expands=expands)
     tile = tile.fitted(H_out)
     walk = walk_of(x, c_mid, c_out, stride, padding, tile, expands=expands)
     strips, blocks_e = len(x) * walk.per_image, cdiv(c_mid, tile.BLOCK_E)
     side, each = (1, blocks_e) if thin else (blocks_e, 1)
     groups = cdiv(strips, tile.BLOCK_S)
-    ROWS = tiles.walk_rows(H_out, groups * side, tile, limits.processors)
+    ROWS = training_tiles.walk_rows(H_out, groups * side, tile, limits.processors)
     P = groups * cdiv(H_out, ROWS)
 
     def partials(rows: int) -> Tensor:

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import training_tiles
 from .common import Launch, Traffic, cdiv
 
 
@@ -153,7 +153,7 @@ def expand_weight_grad_launch(
     with ``global_sums``. A program owns BLOCK_E channels of c_mid.
     """
     c_mid, c_in = weight.shape
-    tile = tiles.weight_grad_tile(c_in)
+    tile = training_tiles.weight_grad_tile(c_in)
     arguments = dict(
         s_ptr=s,
         dbeta_ptr=dbeta,
@@ -191,7 +191,7 @@ def expand_weight_grad_bytes(
 ) -> Traffic:
     """Bytes of ``expand_weight_grad_launch``: what is of c_mid once, W1 twice, the Gram matrix for each program."""
     c_mid, c_in = weight.shape
-    programs = cdiv(c_mid, tiles.weight_grad_tile(c_in).BLOCK_M)
+    programs = cdiv(c_mid, training_tiles.weight_grad_tile(c_in).BLOCK_M)
     row, mean = stats[0].nbytes, 8 * c_in
     read = s.nbytes + dbeta.nbytes + weight.nbytes + row
     written = sums.nbytes + grads.nbytes
@@ -269,7 +269,7 @@ def pull_back_launch(
     [c_in]`` (fp32). W1 in half precision is exact in TF32, and W1 pull has as many bits there as M is stored with. A
     program owns BLOCK_N columns of M.
     """
-    (c_mid, c_in), tile = weight.shape, tiles.PULL_BACK
+    (c_mid, c_in), tile = weight.shape, training_tiles.PULL_BACK
     arguments = dict(
         w_ptr=weight,
         pull_ptr=pull,
@@ -292,6 +292,6 @@ def pull_back_bytes(
     weight: Tensor, pull: Tensor, gram: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor
 ) -> Traffic:
     """Bytes of ``pull_back_launch``: all of W1 for each program, and its own columns once more."""
-    programs, mean = cdiv(weight.shape[1], tiles.PULL_BACK.BLOCK_N), 8 * weight.shape[1]
+    programs, mean = cdiv(weight.shape[1], training_tiles.PULL_BACK.BLOCK_N), 8 * weight.shape[1]
     read, written = weight.nbytes + pull.nbytes + mean, matrix.nbytes + scale.nbytes + vector.nbytes
     return Traffic(read, written, programs * read + weight.nbytes, written)

@@ -30,7 +30,7 @@ from . import (
     norm_passes,
     norms,
     ranks,
-    tiles,
+    training_tiles,
 )
 from .common import BatchNorm, Launch, Traffic, cdiv, launched
 from .expand_depthwise import expand_depthwise_launch
@@ -264,7 +264,7 @@ def _front(
 ) -> Grads:
     """The rest of ``backward``: from dP through the depthwise convolution and the expansion."""
     w1, c_mid, residual = rounded(block.w1, x), block.c_mid, dy if block.residual else None
-    thin = w1 is not None and w1.shape[1] <= tiles.THIN
+    thin = w1 is not None and w1.shape[1] <= training_tiles.THIN
     out = common.allocate(tuple(x.shape) if thin else (x.shape[0], c_mid, *x.shape[2:]), x)
     sums = run(
         expand_depthwise_grads_launch,

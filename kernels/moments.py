@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common, tiles
+from . import common, training_tiles
 from .common import Launch, Traffic, cdiv, covered
 
 KAPPA_MAX = 3e4  # the variance from the Gram matrix is safe to 1e-3
@@ -177,7 +177,7 @@ def _pixels(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
-def _rows(x: Tensor, programs: int, tile: tiles.MomentsTile) -> int:
+def _rows(x: Tensor, programs: int, tile: training_tiles.MomentsTile) -> int:
     """Pixels for each of ``programs``: whole tiles."""
     return cdiv(max(cdiv(_pixels(x), programs), 1), tile.BLOCK_M) * tile.BLOCK_M
 
@@ -189,9 +189,9 @@ def gram_programs(x: Tensor) -> int:
     X in half precision at most.
     """
     M, C = _pixels(x), x.shape[1]
-    tile = tiles.gram_tile(C, x.element_size())
+    tile = training_tiles.gram_tile(C, x.element_size())
     blocks = cdiv(C, tile.BLOCK_C)
-    rows = tiles.moments_rows(M, blocks * (blocks + 1) // 2, tile, 16 * C, common.limits(x.device).processors)
+    rows = training_tiles.moments_rows(M, blocks * (blocks + 1) // 2, tile, 16 * C, common.limits(x.device).processors)
     return max(cdiv(M, rows), 1)
 
 
@@ -201,7 +201,7 @@ def gram_launch(x: Tensor, partials: Tensor) -> Launch:
     A program owns an equal share of the pixels in order, a block of rows of the matrix, and one of its columns.
     """
     C = x.shape[1]
-    tile = tiles.gram_tile(C, x.element_size())
+    tile = training_tiles.gram_tile(C, x.element_size())
     blocks, programs = cdiv(C, tile.BLOCK_C), len(partials)
     sizes = dict(M=_pixels(x), ROWS=_rows(x, programs, tile), C=C, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C)
     arguments = dict(x_ptr=x, partials_ptr=partials, **sizes)
@@ -220,9 +220,9 @@ def gram_bytes(x: Tensor, partials: Tensor) -> Traffic:
 
 def direct_moments_programs(x: Tensor, weight: Tensor) -> int:
     """Moments records that ``direct_moments_launch`` had best leave of ``x [N, c_in, H, W]``."""
-    tile = tiles.direct_tile(x.element_size())
+    tile = training_tiles.direct_tile(x.element_size())
     blocks = cdiv(weight.shape[0], tile.BLOCK_C)
-    rows = tiles.moments_rows(_pixels(x), blocks, tile, 4 * tile.BLOCK_M, common.limits(x.device).processors)
+    rows = training_tiles.moments_rows(_pixels(x), blocks, tile, 4 * tile.BLOCK_M, common.limits(x.device).processors)
     return max(cdiv(_pixels(x), rows), 1)
 
 
@@ -234,7 +234,7 @@ def direct_moments_launch(x: Tensor, weight: Tensor, stats: Tensor, kappa: Tenso
     channels of E. Means and sums of a block with no flagged channel are not written.
     """
     c_mid, c_in = weight.shape
-    tile = tiles.direct_tile(x.element_size())
+    tile = training_tiles.direct_tile(x.element_size())
     programs = len(partials)
     arguments = dict(
         x_ptr=x,

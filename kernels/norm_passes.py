@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common, tiles
+from . import common, training_tiles
 from .common import Launch, Traffic, cdiv
 
 
@@ -85,7 +85,7 @@ def _elementwise(p: Tensor) -> tuple[tuple[int, ...], dict[str, int], int]:
     Programs of the same pixels are neighbours in the grid: together they read whole lines of memory.
     """
     N, C, H, W = p.shape
-    tile = tiles.thin_tile(C)
+    tile = training_tiles.thin_tile(C)
     blocks_c = cdiv(C, tile.BLOCK_C)
     sizes = dict(M=N * H * W, blocks_c=blocks_c, C=C, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C)
     return (cdiv(N * H * W, tile.BLOCK_M) * blocks_c,), sizes, tile.num_warps
@@ -103,21 +103,21 @@ def apply_launch(p: Tensor, stats: Tensor, residual: Tensor | None, y: Tensor) -
 def apply_bytes(p: Tensor, stats: Tensor, residual: Tensor | None, y: Tensor) -> Traffic:
     """Bytes of ``apply_launch``: each tensor once, and for each block of pixels scale and shift."""
     thin, vectors = p.nbytes + (0 if residual is None else residual.nbytes), 2 * stats[0].nbytes
-    pixel_blocks = cdiv(p[:, 0].numel(), tiles.thin_tile(p.shape[1]).BLOCK_M)
+    pixel_blocks = cdiv(p[:, 0].numel(), training_tiles.thin_tile(p.shape[1]).BLOCK_M)
     return Traffic(thin + vectors, y.nbytes, thin + pixel_blocks * vectors, y.nbytes)
 
 
 def _sums_steps(p: Tensor) -> int:
     """Blocks of pixels that a program of ``sums_launch`` walks over."""
     N, C, H, W = p.shape
-    tile = tiles.thin_tile(C)
-    wanted = max(1, tiles.SUMS_PROGRAMS * common.limits(p.device).processors // cdiv(C, tile.BLOCK_C))
-    return max(tiles.SUMS_MIN_STEPS, cdiv(cdiv(N * H * W, tile.BLOCK_M), wanted))
+    tile = training_tiles.thin_tile(C)
+    wanted = max(1, training_tiles.SUMS_PROGRAMS * common.limits(p.device).processors // cdiv(C, tile.BLOCK_C))
+    return max(training_tiles.SUMS_MIN_STEPS, cdiv(cdiv(N * H * W, tile.BLOCK_M), wanted))
 
 
 def sums_programs(p: Tensor) -> int:
     """Partials that ``sums_launch`` leaves for ``p [N, C, H, W]``."""
-    return cdiv(p[:, 0].numel(), tiles.thin_tile(p.shape[1]).BLOCK_M * _sums_steps(p))
+    return cdiv(p[:, 0].numel(), training_tiles.thin_tile(p.shape[1]).BLOCK_M * _sums_steps(p))
 
 
 def sums_launch(dy: Tensor, p: Tensor, stats: Tensor, partials: Tensor) -> Launch:
@@ -127,7 +127,7 @@ def sums_launch(dy: Tensor, p: Tensor, stats: Tensor, partials: Tensor) -> Launc
     BLOCK_M pixels that the programs are few.
     """
     N, C, H, W = p.shape
-    tile = tiles.thin_tile(C)
+    tile = training_tiles.thin_tile(C)
     sizes = dict(M=N * H * W, STEPS=_sums_steps(p), C=C, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C)
     arguments = dict(dy_ptr=dy, p_ptr=p, stats_ptr=stats, partials_ptr=partials, **sizes)
     grid = (sums_programs(p), cdiv(C, tile.BLOCK_C))
@@ -153,5 +153,5 @@ def projected_grad_launch(dy: Tensor, p: Tensor, coefs: Tensor, dp: Tensor) -> L
 def projected_grad_bytes(dy: Tensor, p: Tensor, coefs: Tensor, dp: Tensor) -> Traffic:
     """Bytes of ``projected_grad_launch``: each tensor once, and for each block of pixels the coefficients."""
     thin = dy.nbytes + p.nbytes
-    pixel_blocks = cdiv(p[:, 0].numel(), tiles.thin_tile(p.shape[1]).BLOCK_M)
+    pixel_blocks = cdiv(p[:, 0].numel(), training_tiles.thin_tile(p.shape[1]).BLOCK_M)
     return Traffic(thin + coefs.nbytes, dp.nbytes, thin + pixel_blocks * coefs.nbytes, dp.nbytes)

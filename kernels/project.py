@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common, tiles
+from . import common, tiles, training_tiles
 from .common import Launch, Traffic, cdiv
 from .partials import store_moments
 from .register_tiles import (
@@ -38,7 +38,8 @@ from .register_tiles import (
     surplus_again,
     zeros,
 )
-from .tiles import ProjectGradTile, ProjectTile
+from .tiles import ProjectTile
+from .training_tiles import ProjectGradTile
 
 
 @triton.jit
@@ -216,8 +217,8 @@ def project_launch(
     """
     N, c_mid, H, W = d.shape
     M, c_out = N * H * W, p.shape[1]
-    tile = tile or tiles.project_tile(c_out)
-    TILES = tiles.pixel_tiles(cdiv(M, tile.BLOCK_M), 1, tile.num_warps, common.limits(d.device).processors)
+    tile = tile or training_tiles.project_tile(c_out)
+    TILES = training_tiles.pixel_tiles(cdiv(M, tile.BLOCK_M), 1, tile.num_warps, common.limits(d.device).processors)
     programs = cdiv(cdiv(M, tile.BLOCK_M), TILES)
     arguments = dict(
         d_ptr=d,
@@ -260,9 +261,9 @@ def project_grads_launch(
     """
     N, c_mid, H, W = d.shape
     M, c_out = N * H * W, dp.shape[1]
-    tile = tile or tiles.project_grad_tile(c_mid, c_out, d.element_size())
+    tile = tile or training_tiles.project_grad_tile(c_mid, c_out, d.element_size())
     blocks_e = cdiv(c_mid, tile.BLOCK_E)
-    TILES = tiles.pixel_tiles(
+    TILES = training_tiles.pixel_tiles(
         cdiv(M, tile.BLOCK_M),
         blocks_e,
         tile.num_warps,

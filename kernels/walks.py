@@ -17,7 +17,7 @@ from torch import Tensor
 from . import common, tiles
 from .common import cdiv, front_padding
 from .register_tiles import blocks, identity, load_channels, load_exact, load_weight, product
-from .tiles import ExpandGradTile, ExpandTile
+from .training_tiles import ExpandGradTile, ExpandTile
 
 
 @dataclass(frozen=True)

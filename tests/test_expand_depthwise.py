@@ -17,7 +17,7 @@ from test_project import assert_moments, assert_near, column, image, tolerance
 from test_traffic import assert_counted, interpreted, nhwc
 from torch import Tensor
 
-from kernels import common, reference, tiles
+from kernels import common, reference, training_tiles
 from kernels.expand_depthwise import expand_depthwise_bytes, expand_depthwise_launch
 from kernels.expand_depthwise_grads import expand_depthwise_grads_bytes, expand_depthwise_grads_launch
 from mnv2.model import layer_shapes
@@ -120,7 +120,7 @@ def operands(case, dtype, device, memory):
         image((N, c_mid, *side), dtype),
         image((N, c_out, *side), dtype),
         w1.to(dtype) if expands else None,
-        (w1 * stats1[2, :, None]).to(dtype) if expands and c_in <= tiles.THIN else None,
+        (w1 * stats1[2, :, None]).to(dtype) if expands and c_in <= training_tiles.THIN else None,
         stats1 if expands else None,
         wd.view(c_mid, 1, 3, 3),
         (w2 * coefs2[0]).to(dtype),
@@ -223,7 +223,7 @@ def test_in_every_type(case, dtype, device, memory, request):
 @pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
 def test_several_walks_a_column(walk, dtype, device, memory, monkeypatch, request):
     skip_if_sanitized(request, walk == WALKS["stride 1"])
-    monkeypatch.setattr(tiles, "MIN_ROWS", 2)
+    monkeypatch.setattr(training_tiles, "MIN_ROWS", 2)
     o = operands(walk, dtype, device, memory)
     check_forward(o, chunks=2)
     check_backward(o, chunks=2)
@@ -265,11 +265,11 @@ def every_tile(choose):
 
 
 def forward_tile(c_in, c_mid, stride, W_out, expands):
-    return tiles.expand_tile(c_mid, stride, W_out, 2)
+    return training_tiles.expand_tile(c_mid, stride, W_out, 2)
 
 
 def backward_tile(c_in, c_mid, stride, W_out, expands):
-    return tiles.expand_grad_tile(c_in, c_mid, 8, stride, W_out, 2, common.Limits(132, 0), expands=expands)
+    return training_tiles.expand_grad_tile(c_in, c_mid, 8, stride, W_out, 2, common.Limits(132, 0), expands=expands)
 
 
 def tile_operands(stride, device, memory):
@@ -305,10 +305,10 @@ BYTES = {
 @interpreted
 @pytest.mark.parametrize(("name", "rows"), BYTES.items(), ids=BYTES)
 def test_launches_move_the_bytes_of_their_formulas(name, rows, monkeypatch):
-    monkeypatch.setattr(tiles, "MIN_ROWS", rows)
+    monkeypatch.setattr(training_tiles, "MIN_ROWS", rows)
     N, H, W, c_in, c_mid, c_out, stride, padding = CASES[name]
     expands, c_mid = c_mid is not None, c_mid or c_in
-    side, thin = (-(-H // stride), -(-W // stride)), expands and c_in <= tiles.THIN
+    side, thin = (-(-H // stride), -(-W // stride)), expands and c_in <= training_tiles.THIN
     x, d, dp, out = (nhwc(N, C, *size) for C, size in ((c_in, (H, W)), (c_mid, side), (c_out, side), (c_mid, (H, W))))
     w1, scaled = (torch.zeros(c_mid, c_in, dtype=torch.float16) if expands else None for _ in range(2))
     stats1, stats2, coefs2 = (torch.zeros(rows, c_mid) for rows in (4, 4, 3))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numerics import assert_parity
 from test_traffic import assert_counted, interpreted, nhwc
 
-from kernels import common, norm_passes, tiles
+from kernels import common, norm_passes, training_tiles
 
 pytestmark = pytest.mark.one_type
 
@@ -31,7 +31,7 @@ cases = pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
 @pytest.fixture
 def few_processors(monkeypatch):
     """One processor and small tiles, so that a program of B0 has to walk in small images too."""
-    monkeypatch.setattr(tiles, "THIN_ELEMENTS", 2048)
+    monkeypatch.setattr(training_tiles, "THIN_ELEMENTS", 2048)
     monkeypatch.setattr(common, "limits", lambda device: common.Limits(1, 0))
 
 
@@ -175,7 +175,7 @@ def test_launches_move_the_bytes_of_their_formulas(shape, few_processors):
 
 
 def test_the_cases_have_several_programs_in_each_direction_and_every_width_of_tile(few_processors):
-    assert {tiles.thin_tile(shape[1]).BLOCK_C for shape in CASES.values()} >= {4, 8, 32, 64}
+    assert {training_tiles.thin_tile(shape[1]).BLOCK_C for shape in CASES.values()} >= {4, 8, 32, 64}
     launches = [norm_passes.sums_launch(nhwc(*shape), nhwc(*shape), None, None) for shape in CASES.values()]
     assert max(launch.grid[0] for launch in launches) >= 3
     assert max(launch.grid[1] for launch in launches) == 3

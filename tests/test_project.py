@@ -15,7 +15,7 @@ from numerics import assert_parity
 from test_traffic import assert_counted, interpreted, nhwc
 from torch import Tensor
 
-from kernels import common, project, tiles, weights
+from kernels import common, project, training_tiles, weights
 from mnv2.model import layer_shapes
 
 pytestmark = pytest.mark.one_type
@@ -180,7 +180,7 @@ def test_project_grads(case, sampled, dtype, device, memory):
 @pytest.mark.parametrize("check", [check_project, check_grads])
 def test_programs_that_go_through_tiles_of_which_the_last_may_be_empty(check, dtype, device, memory, monkeypatch):
     monkeypatch.setattr(common, "limits", lambda device: common.Limits(1, 0))
-    monkeypatch.setattr(tiles, "WARPS_PER_PROCESSOR", 12)  # three programs of P3 have two tiles each of five
+    monkeypatch.setattr(training_tiles, "WARPS_PER_PROCESSOR", 12)  # three programs of P3 have two tiles each of five
     check(operands(WALK, dtype, device, memory))
 
 
@@ -212,10 +212,10 @@ def test_a_scale_that_is_no_number_makes_p_none(dtype, device, memory):
 def test_the_cases_have_every_tile():
     c_mids = {c_mid for *_, c_mid, _ in CASES.values()}
     sizes = {(c_mid, c_out) for *_, c_mid, c_out in CASES.values()}
-    wanted = {tiles.project_tile(c_out) for c_out in range(1, 400)}
-    assert {tiles.project_tile(c_out) for _, c_out in sizes} == wanted
-    wanted = {tiles.project_grad_tile(c_mid, c_out, 2) for c_mid in range(1, 400) for c_out in range(1, 400)}
-    assert {tiles.project_grad_tile(*size, 2) for size in sizes} == wanted
+    wanted = {training_tiles.project_tile(c_out) for c_out in range(1, 400)}
+    assert {training_tiles.project_tile(c_out) for _, c_out in sizes} == wanted
+    wanted = {training_tiles.project_grad_tile(c_mid, c_out, 2) for c_mid in range(1, 400) for c_out in range(1, 400)}
+    assert {training_tiles.project_grad_tile(*size, 2) for size in sizes} == wanted
     assert any(c_mid % 16 for c_mid in c_mids)
 
 
