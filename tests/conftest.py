@@ -25,6 +25,8 @@ def pytest_configure(config):
     # Triton reads it where a kernel is defined, so nothing here may import the kernels before.
     if not (config.getoption("--sanitize") or torch.cuda.is_available()):
         os.environ["TRITON_INTERPRET"] = "1"
+    # Tests run side by side and their networks are small: threads that wait for each other take many times longer.
+    torch.set_num_threads(1)
 
 
 def pytest_generate_tests(metafunc):
