@@ -25,21 +25,23 @@ def pytest_configure(config):
     # Triton reads it where a kernel is defined, so nothing here may import the kernels before.
     if not (config.getoption("--sanitize") or torch.cuda.is_available()):
         os.environ["TRITON_INTERPRET"] = "1"
+    # Tests run side by side and their networks are small: threads that wait for each other take many times longer.
+    torch.set_num_threads(1)
+
+
+def dtypes(config) -> list[torch.dtype]:
+    """What the place where kernels run computes like the device; ``one_type`` is the last."""
+    if config.getoption("--sanitize"):
+        return [torch.bfloat16]
+    if torch.cuda.is_available():
+        return [torch.float32, torch.float16, torch.bfloat16]
+    return [torch.float32, torch.float16]  # the interpreter multiplies bf16 matrices wrongly
 
 
 def pytest_generate_tests(metafunc):
-    """``dtype`` of a test of kernels: what the place where they run computes like the device."""
-    if not {"dtype", "device"} <= set(metafunc.fixturenames):
-        return
-    if metafunc.config.getoption("--sanitize"):
-        dtypes = [torch.bfloat16]
-    elif torch.cuda.is_available():
-        dtypes = [torch.float32, torch.float16, torch.bfloat16]
-    else:  # the interpreter multiplies bf16 matrices wrongly
-        dtypes = [torch.float32, torch.float16]
-    if metafunc.definition.get_closest_marker("one_type") and not metafunc.config.getoption("--all"):
-        dtypes = dtypes[-1:]
-    metafunc.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+    """``dtype`` of a test of kernels."""
+    if {"dtype", "device"} <= set(metafunc.fixturenames):
+        metafunc.parametrize("dtype", dtypes(metafunc.config), ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @pytest.fixture
@@ -78,6 +80,8 @@ def memory(request, monkeypatch):
 def pytest_collection_modifyitems(config, items):
     def wanted(item):
         numbers, exhaustive = "memory" in item.fixturenames, "exhaustive" in item.keywords
+        if "one_type" in item.keywords and {"dtype", "device"} <= set(item.fixturenames):
+            exhaustive = exhaustive or item.callspec.params["dtype"] != dtypes(config)[-1]
         return (numbers or not config.getoption("--sanitize")) and (not exhaustive or config.getoption("--all"))
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])

@@ -6,9 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
+from forks import ROOT, Forked
+
+Started = subprocess.Popen[str] | Forked
 
 
 def free_port() -> int:
@@ -35,14 +39,21 @@ def popen(command: list[str], **more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**more))
 
 
-def start(script: str | Path, *words: object, processes: int = 1, **more: str) -> list[subprocess.Popen[str]]:
+def fork(script: str | Path, *words: object, **more: str) -> Started:
+    """Start ``script`` as `popen` does, at once; on a GPU no fork may use what its parent has begun with."""
+    command = [str(ROOT / script), *map(str, words)]
+    if torch.cuda.is_available():
+        return popen([sys.executable, *command], PYTHONPATH=str(ROOT), **more)
+    return Forked(command, environment(**more))
+
+
+def start(script: str | Path, *words: object, processes: int = 1, **more: str) -> list[Started]:
     """Start ``processes`` that find each other by torchrun's variables, each with a handle of its own."""
-    command = [sys.executable, str(ROOT / script), *map(str, words)]
     shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **more}
-    return [popen(command, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(processes)]
+    return [fork(script, *words, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(processes)]
 
 
-def finish(started: list[subprocess.Popen[str]], timeout: float = 120) -> list[subprocess.CompletedProcess[str]]:
+def finish(started: Sequence[Started], timeout: float = 120) -> list[subprocess.CompletedProcess[str]]:
     """What each of the processes has returned and printed; none is left behind."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in started]

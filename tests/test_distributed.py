@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import ROOT, finish, free_port, popen, run, start
+from processes import ROOT, finish, fork, free_port, popen, run, start
 
 from mnv2.distributed import StopSignals, World
 
@@ -38,9 +38,9 @@ with world("cpu") as here:
 
 
 def test_what_processes_agree_on(tmp_path):
-    done = run(written(tmp_path, AGREE), processes=3, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "agreed\n"
+    done = finish(start(written(tmp_path, AGREE), processes=3))
+    assert [one.returncode for one in done] == [0, 0, 0], "".join(one.stderr for one in done)
+    assert [one.stdout for one in done] == ["agreed\n", "", ""]
 
 
 FAIL = """
@@ -69,7 +69,7 @@ CAUSES = {
 def test_a_failure_of_one_process_ends_all(tmp_path, failure, cause, rank):
     """Others wait in a reduction or sleep; with what they say in different files, one alone tells the cause."""
     script = written(tmp_path, FAIL.format(rank=rank, failure=failure))
-    done = finish(start(script, processes=3, PYTHONPATH=str(ROOT)))
+    done = finish(start(script, processes=3))
     assert all(one.returncode != 0 for one in done)
     told = [line for one in done for line in one.stderr.splitlines() if cause in line]
     if "kill" in failure:
@@ -85,7 +85,7 @@ def test_a_failure_of_one_process_ends_all(tmp_path, failure, cause, rank):
 
 def test_a_failure_of_all_is_told_once(tmp_path):
     script = written(tmp_path, FAIL.format(rank="here.rank", failure="raise InputError('the cause')"))
-    done = finish(start(script, processes=3, PYTHONPATH=str(ROOT)))
+    done = finish(start(script, processes=3))
     assert [one.returncode for one in done] == [1, 1, 1]
     assert "".join(one.stderr for one in done).count("the cause") == 1
 
@@ -93,9 +93,8 @@ def test_a_failure_of_all_is_told_once(tmp_path):
 def test_processes_that_never_come_are_waited_for_in_vain(tmp_path):
     text = "import mnv2.distributed as d\nfrom datetime import timedelta\nd._MEETING = timedelta(seconds=2)\n"
     script = written(tmp_path, text + FAIL.format(rank=0, failure="pass"))
-    alone = start(script, processes=2, PYTHONPATH=str(ROOT))
-    alone.pop().kill()
-    (done,) = finish(alone)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    (done,) = finish([fork(script, RANK="0", WORLD_SIZE="2", **meeting)])
     assert done.returncode == 1
     expected = (
         r"script.py: torchrun announced 2 processes, but they didn't meet at tcp://127.0.0.1:\d+ \(.*\); MASTER_ADDR"
@@ -137,20 +136,18 @@ def losses(output: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(photos, tmp_path_factory):
-    """Losses that torchrun's one process and two print."""
+    """Losses that plain Python prints, and the first of two processes with torchrun's variables."""
     folder = tmp_path_factory.mktemp("expected")
-    done = [
-        run("train.py", *TRAIN, "--data_url", photos, "--ckpt_save_dir", folder / str(processes), processes=processes)
-        for processes in (1, 2)
-    ]
+    words = [*TRAIN, "--data_url", photos, "--ckpt_save_dir"]
+    done = [run("train.py", *words, folder / "one"), finish(start("train.py", *words, folder / "two", processes=2))[0]]
     found = [losses(one.stdout) for one in done]
     assert all(found), done[0].stderr + done[1].stderr
     assert found[0] != found[1]
     return {1: found[0], 2: found[1]}
 
 
-def test_plain_python_trains_as_torchrun_does(photos, tmp_path, expected):
-    done = run("train.py", *TRAIN, "--data_url", photos, "--ckpt_save_dir", tmp_path)
+def test_torchrun_trains_as_plain_python_does(photos, tmp_path, expected):
+    done = run("train.py", *TRAIN, "--data_url", photos, "--ckpt_save_dir", tmp_path, processes=1)
     assert losses(done.stdout) == expected[1], done.stderr
 
 
@@ -179,10 +176,9 @@ VARIABLES = {
 @pytest.mark.parametrize("names", VARIABLES.values(), ids=VARIABLES.keys())
 def test_a_launchers_variables_alone(photos, tmp_path, expected, names):
     rank, size, local_rank = names
-    command = [sys.executable, str(ROOT / "train.py"), *TRAIN, "--data_url", str(photos)]
-    command += ["--ckpt_save_dir", str(tmp_path)]
+    words = [*TRAIN, "--data_url", photos, "--ckpt_save_dir", tmp_path]
     place = {"MASTER_PORT": str(free_port()), size: "2"}
-    started = [popen(command, **place, **{rank: str(i), local_rank: str(i)}) for i in range(2)]
+    started = [fork("train.py", *words, **place, **{rank: str(i), local_rank: str(i)}) for i in range(2)]
     first, second = finish(started)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert losses(first.stdout) == expected[2]
@@ -200,7 +196,15 @@ def test_mpirun(photos, tmp_path, expected, processes):
     (done,) = finish([popen(command, **as_root)])
     assert done.returncode == 0, done.stderr
     assert losses(done.stdout) == expected[processes]
-    (refused,) = finish([popen([*command, "--run_distribute", "False"], **as_root)])
-    assert (refused.returncode == 0) == (processes == 1)
-    if processes == 2:
-        assert "--run_distribute: expected True, since " in refused.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_must_be_one_process(photos, tmp_path, expected, processes):
+    words = [*TRAIN, "--data_url", photos, "--ckpt_save_dir", tmp_path, "--run_distribute", "False"]
+    rank, size, _ = VARIABLES["open-mpi"]
+    (done,) = finish([fork("train.py", *words, **{rank: "0", size: str(processes)})])
+    if processes == 1:
+        assert losses(done.stdout) == expected[1], done.stderr
+    else:
+        assert done.returncode == 1
+        assert "--run_distribute: expected True, since Open MPI started 2 processes, got False" in done.stderr

@@ -189,6 +189,7 @@ def guarded(monkeypatch):
     memory.check()
 
 
+@pytest.mark.one_type
 @pytest.mark.parametrize("case", CASES[::6], ids=str)
 def test_block_is_its_twin(case, dtype, device, guarded):
     assert_block(case, dtype, device, guarded)

@@ -312,26 +312,43 @@ def test_through_the_kernels_a_network_in_training(device, monkeypatch):
     assert statistics.median(torchs) < 0.01
 
 
+def five_losses(backend, images, labels):
+    """Losses of five steps on the same pictures."""
+    torch.manual_seed(3)
+    model = MobileNetV2(0.35, num_classes=10, dropout=0.0, backend=backend).train().to(images.device, images.dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
+    losses = []
+    for _ in range(5):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 @pytest.mark.exhaustive
-def test_five_steps_on_digits_through_the_kernels_and_through_torch(device, capsys):
-    images, labels = digits()
-    images = nn.functional.interpolate(images.repeat(1, 3, 1, 1), size=32, mode="bilinear").to(device)
-    losses = {}
-    for backend in ("triton", "torch"):
-        torch.manual_seed(3)
-        model = MobileNetV2(0.35, num_classes=10, dropout=0.0, backend=backend).train().to(device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        losses[backend] = []
-        for step in range(5):
-            batch = slice(32 * step, 32 * (step + 1))
-            loss = nn.functional.cross_entropy(model(images[batch]), labels[batch].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[backend].append(loss.item())
+def test_five_steps_on_digits_through_the_kernels_and_through_torch(device, capsys, monkeypatch):
+    """Two pictures, as the interpreter is slow, which are learnt in five steps.
+
+    Each step multiplies what rounding has done, in torch too: how much, the two orders of the batch tell.
+    """
+    monkeypatch.setattr(common, "_limits", lambda device: common.Limits(1, 232448))  # fewer programs, which take time
+    images, labels = (tensor[:2].to(device) for tensor in digits())
+    images = nn.functional.interpolate(images.repeat(1, 3, 1, 1), size=64, mode="bilinear")
+    exact = five_losses("torch", images.double(), labels)
+    torchs = [five_losses("torch", images[order], labels[order]) for order in ([0, 1], [1, 0])]
+    got = five_losses("triton", images, labels)
     with capsys.disabled():
-        print("".join(f"\n{name:7}" + "".join(f" {loss:.5f}" for loss in of) for name, of in losses.items()))
-    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-2)
+        for name, losses in (("triton", got), ("torch", torchs[0]), ("fp64", exact)):
+            print(f"\n{name:7}" + "".join(f" {loss:.5f}" for loss in losses), end="")
+
+    def errors(losses):
+        return [abs(loss - truth) for loss, truth in zip(losses, exact, strict=True)]
+
+    assert got[0] == pytest.approx(exact[0], abs=2 * max(errors(losses)[0] for losses in torchs) + 1e-5)
+    assert statistics.mean(errors(got)) < 2 * max(statistics.mean(errors(losses)) for losses in torchs)
+    assert max(got[-1], torchs[0][-1]) < exact[0] / 2
 
 
 def digits():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, finish, run, start
+from processes import finish, fork, start
 from safetensors.torch import save_file
 from samples import write_photos
 
@@ -27,6 +27,7 @@ from mnv2.distributed import StopSignals, World
 from mnv2.engine import NotFiniteError
 
 SMALL = ["--alpha", "0.35", "--resize", "32", "--batch_size", "4", "--num_parallel_workers", "1"]
+RATE = ["--max_lr", "0.02"]  # the default's losses grow so that rounding decides whether they stay finite
 
 
 def differences(one, other, place: str = "") -> list[str]:
@@ -101,7 +102,7 @@ def test_a_run_cut_off_again_and_again_ends_with_the_same_bits(photos, tmp_path,
         assert differences(content(tmp_path / "whole" / name), content(tmp_path / "cut" / name)) == [], name
 
 
-KILLED = [*SMALL, "--epoch_size", "2", "--save_every", "1", "--log_every", "1", "--ema_decay", "0.9"]
+KILLED = [*SMALL, *RATE, "--epoch_size", "2", "--save_every", "1", "--log_every", "1", "--ema_decay", "0.9"]
 KILL = """
 import os, signal, sys, train
 from mnv2.session import Session
@@ -120,16 +121,16 @@ def steps_done(folder: Path) -> int:
     return log.read_text().count('"event": "steps"') if log.exists() else 0
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_killed_in_mid_epoch_and_resumed_the_weights_are_the_same_to_the_bit(tmp_path, processes):
-    write_photos(tmp_path / "data" / "train", 60)
+    write_photos(tmp_path / "data" / "train", 22 * processes)
     write_photos(tmp_path / "data" / "val", 5, start=100)
     words = [*KILLED, "--data_url", tmp_path / "data"]
     whole = finish(start("train.py", *words, "--ckpt_save_dir", tmp_path / "whole", processes=processes))
     assert [one.returncode for one in whole] == [0] * processes, whole[0].stderr
     (tmp_path / "kill.py").write_text(KILL)
     cut = [tmp_path / "kill.py", 4, *words, "--ckpt_save_dir", tmp_path / "cut"]
-    killed = finish(start(*cut, processes=processes, PYTHONPATH=str(ROOT)))
+    killed = finish(start(*cut, processes=processes))
     assert killed[0].returncode == -signal.SIGKILL, killed[0].stderr
     assert all(one.returncode != 0 for one in killed)
     before = content(tmp_path / "cut" / "last.pt")["progress"]
@@ -169,7 +170,7 @@ def test_a_signal_saves_and_stops(photos, tmp_path, processes, number):
 def trained(photos, tmp_path_factory) -> tuple[Path, list[str]]:
     """A finished run of one epoch, and its command line."""
     folder = tmp_path_factory.mktemp("trained")
-    words = [*SMALL, "--data_url", str(photos), "--epoch_size", "1"]
+    words = [*SMALL, *RATE, "--data_url", str(photos), "--epoch_size", "1"]
     assert train.main([*words, "--ckpt_save_dir", str(folder)]) == 0
     return folder, words
 
@@ -193,7 +194,7 @@ def test_more_epochs_go_on_and_what_has_changed_is_said(trained, folder, capsys)
     assert train.main(words) == 0
     output = capsys.readouterr().out
     assert "--epoch_size was 1 so far and is 2 from here on" in output
-    assert "--max_lr was 0.1 so far and is 0.01 from here on" in output
+    assert "--max_lr was 0.02 so far and is 0.01 from here on" in output
     assert "lr:0.00500" in output
     assert sorted(path.name for path in folder.glob("epoch_*")) == ["epoch_0001.pt", "epoch_0002.pt"]
 
@@ -253,7 +254,7 @@ def test_resume_without_a_checkpoint_starts_anew_and_says_so(trained, tmp_path, 
 
 def test_a_new_run_puts_an_earlier_one_aside(trained, folder, capsys):
     before = (folder / "last.pt").read_bytes()
-    assert train.main([*trained[1], "--ckpt_save_dir", str(folder), "--max_lr", "0.2"]) == 0
+    assert train.main([*trained[1], "--ckpt_save_dir", str(folder), "--max_lr", "0.03"]) == 0
     (earlier,) = folder.glob("earlier-*")
     assert f"the checkpoints of an earlier run are in {earlier} now" in capsys.readouterr().out
     assert sorted(path.name for path in earlier.iterdir()) == ["best.pt", "epoch_0001.pt", "last.pt"]
@@ -341,9 +342,9 @@ def test_another_training_is_refused(trained, folder, capsys, edit, words, messa
 
 def test_another_world_size_is_refused(trained, folder):
     words = [*trained[1], "--ckpt_save_dir", folder, "--epoch_size", 2, "--resume", "auto"]
-    done = run("train.py", *words, processes=2)
-    assert done.returncode == 1
-    assert "last.pt is of training with 1 processes, got 2 processes" in done.stderr
+    done = finish(start("train.py", *words, processes=2))
+    assert [one.returncode for one in done] == [1, 1]
+    assert "last.pt is of training with 1 processes, got 2 processes" in done[0].stderr
 
 
 FULL = """
@@ -359,7 +360,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(trained, folder, tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
     words = [*trained[1], "--ckpt_save_dir", folder, "--epoch_size", 2, "--resume", "auto"]
-    done = run(tmp_path / "full.py", *words, PYTHONPATH=str(ROOT))
+    (done,) = finish([fork(tmp_path / "full.py", *words)])
     assert done.returncode == 1
     assert re.match(r"train.py: can't write to .* \(is the disk full\?\): ", done.stderr.splitlines()[-1])
     assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before
