@@ -201,6 +201,11 @@ def dot_precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 and not ((x.is_cuda or planned) and tf32_allowed()) else "tf32"
 
 
+def multiplies_tf32(x: Tensor) -> bool:
+    """Whether products of ``x`` round it to TF32."""
+    return x.dtype == torch.float32 and dot_precision(x) == "tf32"
+
+
 def why_torch(backend: str, device: torch.device, unsupported: Callable[[], str | None], name: str = "") -> str | None:
     """Why torch runs an operation on ``device`` where ``backend`` is asked for, or None where the kernels do.
 

@@ -10,7 +10,7 @@ halo's: nothing is expanded twice but the halo, two columns a strip and two rows
 
 ReLU6 is a clamp to [0, 1], which the hardware does inside the addition: A is held at a sixth, and the taps take the 6.
 Zero padding applies to A: X is loaded as 0 outside the image and the shift is multiplied by 0 there. The clamp turns
-NaN into 0; where statistics of the batch are NaN, as they are if X has one, D is made NaN.
+NaN into 0; where statistics are NaN, as those of a batch are if X has one, D is made NaN.
 
 Precision: X, W1 and D in one type, fp16, bf16 or fp32; all else in fp32. D is rounded once. The moments are those of D
 before that rounding.
@@ -28,7 +28,7 @@ from torch import Tensor
 from . import common, training_tiles
 from .common import Launch, Traffic, cdiv, covered
 from .partials import store_moments
-from .register_tiles import joined, operand_bytes, parted, store_masked, surplus_again
+from .register_tiles import joined, operand_bytes, parted, store_masked, surplus_again, zeros
 from .training_tiles import ExpandTile
 from .walks import Walk, activation, load_expansion, load_taps, strip_columns, walk_of
 
@@ -48,13 +48,13 @@ def _exists(c: int, walk: Walk) -> bool:
 
 
 @triton.constexpr_function
-def _checks(first: int, n: int, walk: Walk) -> bool:
+def _outside(first: int, n: int, walk: Walk) -> bool:
     """Whether some of n columns of D from a strip's ``first`` on can lie outside the image."""
     return not walk.whole or first + n > walk.W_out - (walk.per_image - 1) * walk.COLUMNS
 
 
 @triton.jit
-def _row(ptrs, row, inside, expansion, walk: tl.constexpr, CHECK_ROW: tl.constexpr):
+def _activated_row(ptrs, row, inside, expansion, walk: tl.constexpr, CHECK_ROW: tl.constexpr):
     """A row of A as a tuple of tiles [BLOCK_E, BLOCK_S]: a strip's own columns, then those of the halo.
 
     ``ptrs`` are those of the first WIDE columns and of the halo, ``inside`` says of all what lies in the image, ``row``
@@ -86,17 +86,8 @@ def _convolved(rows, taps, d, j: tl.constexpr, walk: tl.constexpr):
 
 
 @triton.jit
-def _estimate(row, taps):
-    """About what D will be, if the rows of A are like this one: numbers near their mean are summed with more digits."""
-    d = tl.zeros(row[0].shape, tl.float32)
-    for kx in tl.static_range(3):
-        d = tl.fma(row[kx], tl.broadcast_to(taps[kx] + taps[3 + kx] + taps[6 + kx], d.shape), d)
-    return d
-
-
-@triton.jit
 def _addresses(x_ptr, offs_x, first, strips, y_in, walk: tl.constexpr):
-    """Pointers and masks for ``_row``, of row ``y_in`` of X."""
+    """Pointers and masks for ``_activated_row``, of row ``y_in`` of X."""
     column = tl.arange(0, walk.WIDE * walk.BLOCK_S) // walk.BLOCK_S
     n, x, there = strip_columns(first, strips, column, walk.own, walk)
     own_ptrs = x_ptr + ((n * walk.H + y_in) * walk.W + x).to(tl.int64)[None, :] * walk.c_x + offs_x[:, None]
@@ -166,53 +157,60 @@ def _expand_depthwise_kernel(
 
     yes = y0 >= 0
     above = yes if walk.pad_h == 0 else y0 > 0
-    r0 = _row(_below(ptrs, -1, walk), above, inside, expansion, walk, walk.pad_h == 1)
+    r0 = _activated_row(_below(ptrs, -1, walk), above, inside, expansion, walk, walk.pad_h == 1)
     if walk.stride == 1:
-        r1 = _row(ptrs, yes, inside, expansion, walk, False)
-    # Moments of each strip and channel, about a mean that follows: none is so far off that it costs digits.
-    mean = _estimate(r1 if walk.stride == 1 else r0, taps)
-    second = tl.zeros(mean.shape, tl.float32)
+        r1 = _activated_row(ptrs, yes, inside, expansion, walk, False)
+    # Moments of each strip and channel are about a mean that begins with the first number and follows: it is never so
+    # far off that it costs digits. Before that it is 0, or NaN where statistics are, which the clamp of A would hide.
+    MOMENTS: tl.constexpr = partials_ptr is not None
+    mean = zeros(1, walk.BLOCK_E, walk.BLOCK_S)[0]
+    second = mean
     if walk.expands:
         _, scale, shift, _, _ = expansion
-        mean += tl.broadcast_to((scale + shift) * 0.0, mean.shape)  # NaN if they are, which the clamp of A would hide
+        mean += tl.broadcast_to((scale + shift) * 0.0, mean.shape)
     CHECK: tl.constexpr = (walk.H_out - 1) * walk.stride + 2 - walk.pad_h >= walk.H  # the third row may lie below
     for step in range(0, y1 - y0, UNROLL):
-        s1 = tl.zeros(mean.shape, tl.float32)
+        s1 = zeros(1, walk.BLOCK_E, walk.BLOCK_S)[0]
         for u in tl.static_range(UNROLL):
             if walk.stride == 1:
                 middle = r1
             else:
-                middle = _row(ptrs, yes, inside, expansion, walk, False)
+                middle = _activated_row(ptrs, yes, inside, expansion, walk, False)
             below = (y0 + step + u) * walk.stride + 2 - walk.pad_h < walk.H
             ptrs = _below(ptrs, 1, walk)
-            r2 = _row(ptrs, below, inside, expansion, walk, CHECK)
+            r2 = _activated_row(ptrs, below, inside, expansion, walk, CHECK)
             if walk.stride == 2:
                 ptrs = _below(ptrs, 1, walk)
             for b in tl.static_range(walk.COLUMNS // WIDE_OUT):
                 row = ()
                 for j in tl.static_range(WIDE_OUT):
-                    d = _convolved((r0, middle, r2), taps, -mean, b * WIDE_OUT + j, walk)
-                    row = row + (d + mean,)
-                    if partials_ptr is not None:
-                        if _checks(b * WIDE_OUT + j, 1, walk):
+                    d = _convolved((r0, middle, r2), taps, -mean if MOMENTS else mean, b * WIDE_OUT + j, walk)
+                    if MOMENTS:
+                        if u + b + j == 0:
+                            mean = tl.where(step == 0, d, mean)
+                            d = tl.where(step == 0, 0.0, d)
+                        row = row + (d + mean,)
+                        if _outside(b * WIDE_OUT + j, 1, walk):
                             d = tl.where((b * WIDE_OUT + j < own_columns)[None, :], d, 0.0)
                         s1 += d
                         second = tl.fma(d, d, second)
+                    else:
+                        row = row + (d,)
                 tile = joined(row, WIDE_OUT, walk.BLOCK_E, walk.BLOCK_S).to(dtype)
                 at = d_ptrs + b * WIDE_OUT * walk.c_mid
                 inside_d = there & (x_out + b * WIDE_OUT < walk.W_out)
-                store_masked(at, tile, mask_e, inside_d, walk.mask_e, _checks(b * WIDE_OUT, WIDE_OUT, walk))
+                store_masked(at, tile, mask_e, inside_d, walk.mask_e, _outside(b * WIDE_OUT, WIDE_OUT, walk))
             d_ptrs += walk.W_out * walk.c_mid
             if walk.stride == 1:
                 r0 = middle
                 r1 = r2
             else:
                 r0 = r2
-        if partials_ptr is not None:
+        if MOMENTS:
             moved = s1 * (share * (1.0 / (step + UNROLL)))
             second -= s1 * moved
             mean += moved
-    if partials_ptr is not None:
+    if MOMENTS:
         counts = (own_columns * (y1 - y0)).to(tl.float32)
         _store_strip_moments(partials_ptr, pid, counts, mean, second, offs_e, mask_e, walk.c_mid)
 

@@ -399,7 +399,8 @@ def expand_depthwise_grads_launch(
     """
     c_in, c_out, (c_mid, H_out, W_out) = x.shape[1], dp.shape[1], d.shape[1:]
     expands = w1 is not None
-    thin = expands and out.shape[1] == c_in
+    thin = w1_scaled is not None
+    assert out.shape[1] == (c_in if thin else c_mid)
     limits = common.limits(x.device)
     if tile is None:
         sizes = (c_in, c_mid, c_out, stride, W_out, x.element_size())
@@ -420,7 +421,7 @@ def expand_depthwise_grads_launch(
         d_ptr=d,
         dp_ptr=dp,
         w1_ptr=w1,
-        w1_scaled_ptr=w1_scaled if thin else None,
+        w1_scaled_ptr=w1_scaled,
         stats1_ptr=stats1,
         wd_ptr=wd,
         w2_ptr=w2_scaled,

@@ -29,8 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import training_tiles
+from . import common, training_tiles
 from .common import Launch, Traffic, cdiv
+from .moments import truncated
 
 
 @triton.jit
@@ -224,6 +225,7 @@ def _pull_back_kernel(
     C_IN: tl.constexpr,
     C_MID: tl.constexpr,
     PRECISION: tl.constexpr,
+    TF32: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -250,7 +252,7 @@ def _pull_back_kernel(
     exponent = tl.minimum(largest.to(tl.int32, bitcast=True) >> 23, 252)
     exponent = tl.where(exponent > 0, exponent, 126)  # of 0, and of what is as good as 0
     scale = ((exponent + 1) << 23).to(tl.float32, bitcast=True)
-    stored = (matrix * ((253 - exponent) << 23).to(tl.float32, bitcast=True)[None, :]).to(dtype)
+    stored = truncated(matrix * ((253 - exponent) << 23).to(tl.float32, bitcast=True)[None, :], TF32).to(dtype)
     mean = tl.load(gram_ptr + 1 + offs_i, mask=mask_i, other=0.0)
     used = (stored.to(tl.float32) * scale[None, :]).to(tl.float64)
     vector -= tl.sum(mean[:, None] * used, axis=0)
@@ -280,6 +282,7 @@ def pull_back_launch(
         C_IN=c_in,
         C_MID=c_mid,
         PRECISION="tf32x3" if matrix.dtype == torch.float32 else "tf32",
+        TF32=common.multiplies_tf32(matrix),
         BLOCK_N=tile.BLOCK_N,
         BLOCK_K=tile.BLOCK_K,
         BLOCK_C=max(16, triton.next_power_of_2(c_in)),

@@ -168,8 +168,14 @@ def _expand_depthwise(run: Run, x: Tensor, w1: Tensor | None, block: Block, save
 
 
 def rounded(weight: Tensor | None, like: Tensor) -> Tensor | None:
-    """``weight [O, I, 1, 1]`` as ``[O, I]`` in the type of ``like``."""
-    return None if weight is None else weight.flatten(1).to(like.dtype)
+    """``weight [O, I, 1, 1]`` as ``[O, I]`` in the type of ``like``, as products take it: to TF32 where they are."""
+    if weight is None:
+        return None
+    weight = weight.flatten(1).to(like.dtype)
+    if common.multiplies_tf32(like):
+        bits = weight.view(torch.int32) + 0x1000  # half of the last of TF32's ten bits; what is behind it goes
+        weight = bits.bitwise_and_(-0x2000).view(torch.float32)
+    return weight
 
 
 def forward(x: Tensor, block: Block, y: Tensor, saved: Saved, run: Run = launched) -> None:
@@ -196,11 +202,12 @@ def forward(x: Tensor, block: Block, y: Tensor, saved: Saved, run: Run = launche
 
 
 def with_d_and_p(x: Tensor, block: Block, saved: Saved, run: Run = launched) -> Saved:
-    """``saved`` with D and P made again, by its statistics."""
+    """``saved`` with D and P made again, by its statistics and bit for bit."""
     fresh, w2 = new_saved(x, block), rounded(block.w2, x)
     assert w2 is not None
     saved = saved._replace(d=fresh.d, p=fresh.p)
-    _expand_depthwise(run, x, rounded(block.w1, x), block, saved, moments=False)
+    moments = block.norm2.batch_stats  # D is rounded otherwise where none are taken
+    _expand_depthwise(run, x, rounded(block.w1, x), block, saved, moments=moments)
     run(project_launch, saved.d, saved.stats2, w2, saved.p, moments=False)
     return saved
 
@@ -212,7 +219,7 @@ def _norm_grads(run: Run, partials: Tensor, norm: BatchNorm, stats: Tensor, reco
     sums = common.allocate((2, C), stats, torch.float64)
     run(norm_grads.norm_grads_launch, partials, stats, count, sums, grads, coefs)
     if norm.group and norm.batch_stats:
-        unused = torch.empty_like(sums), torch.empty_like(grads)
+        unused = common.allocate_like(sums), common.allocate_like(grads)
         run(norm_grads.norm_grads_launch, ranks.gather(sums, norm.group), stats, count, *unused, coefs)
     return grads, coefs
 

@@ -43,17 +43,26 @@ def _owned(M, ROWS):
 
 
 @triton.jit
-def _load_pixels(x_ptr, offs_m, offs_c, n, C: tl.constexpr):
-    """Pixels of n from x_ptr on as fp32 [BLOCK_M, BLOCK_C], zero behind the last, and the mask of what there is."""
-    mask = (offs_m < n)[:, None] & (offs_c < C)[None, :]
-    x = tl.load(x_ptr + offs_m.to(tl.int64)[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
-    return x.to(tl.float32), mask
+def truncated(x, TF32: tl.constexpr):
+    """``x`` in fp32, where TF32 as its products take it: tensor cores leave out the last 13 bits."""
+    x = x.to(tl.float32)
+    if TF32:
+        x = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
-def _shift(x_ptr, offs_m, offs_c, n, C: tl.constexpr, BLOCK_M: tl.constexpr):
+def _load_pixels(x_ptr, offs_m, offs_c, n, C: tl.constexpr, TF32: tl.constexpr):
+    """Pixels of n from x_ptr on as fp32 [BLOCK_M, BLOCK_C], zero behind the last, and the mask of what there is."""
+    mask = (offs_m < n)[:, None] & (offs_c < C)[None, :]
+    x = tl.load(x_ptr + offs_m.to(tl.int64)[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
+    return truncated(x, TF32), mask
+
+
+@triton.jit
+def _shift(x_ptr, offs_m, offs_c, n, C: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr):
     """About what to sum: [BLOCK_C] in fp32, numbers of X's type."""
-    x, mask = _load_pixels(x_ptr, offs_m, offs_c, n, C)
+    x, mask = _load_pixels(x_ptr, offs_m, offs_c, n, C, TF32)
     count = tl.maximum(tl.minimum(n, BLOCK_M), 1).to(tl.float32)
     mean = tl.sum(x, axis=0) / count
     centred = tl.where(mask, x - mean[None, :], 0.0)
@@ -63,9 +72,9 @@ def _shift(x_ptr, offs_m, offs_c, n, C: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _load_shifted(x_ptr, shift, offs_m, offs_c, n, C: tl.constexpr):
+def _load_shifted(x_ptr, shift, offs_m, offs_c, n, C: tl.constexpr, TF32: tl.constexpr):
     """Pixels less the shift as fp32 [BLOCK_M, BLOCK_C], zero behind the last pixel."""
-    x, mask = _load_pixels(x_ptr, offs_m, offs_c, n, C)
+    x, mask = _load_pixels(x_ptr, offs_m, offs_c, n, C, TF32)
     return tl.where(mask, x - shift[None, :], 0.0)
 
 
@@ -76,6 +85,7 @@ def _gram_kernel(
     M,
     ROWS,
     C: tl.constexpr,
+    TF32: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -88,18 +98,18 @@ def _gram_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_i = bi * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_j = bj * BLOCK_C + tl.arange(0, BLOCK_C)
-    shift_i = _shift(x_ptr, offs_m, offs_i, n, C, BLOCK_M)
+    shift_i = _shift(x_ptr, offs_m, offs_i, n, C, TF32, BLOCK_M)
     sum_i = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     if C > BLOCK_C:
-        shift_j = _shift(x_ptr, offs_m, offs_j, n, C, BLOCK_M)
+        shift_j = _shift(x_ptr, offs_m, offs_j, n, C, TF32, BLOCK_M)
         sum_j = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     gram = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     for m in range(0, n, BLOCK_M):
-        x_i = _load_shifted(x_ptr, shift_i, m + offs_m, offs_i, n, C)
+        x_i = _load_shifted(x_ptr, shift_i, m + offs_m, offs_i, n, C, TF32)
         sum_i += x_i
         factor = x_i.to(x_ptr.dtype.element_ty)
         if C > BLOCK_C:
-            x_j = _load_shifted(x_ptr, shift_j, m + offs_m, offs_j, n, C)
+            x_j = _load_shifted(x_ptr, shift_j, m + offs_m, offs_j, n, C, TF32)
             sum_j += x_j
             gram = tl.dot(tl.trans(factor), x_j.to(x_ptr.dtype.element_ty), gram, input_precision="ieee")
         else:
@@ -204,7 +214,7 @@ def gram_launch(x: Tensor, partials: Tensor) -> Launch:
     tile = training_tiles.gram_tile(C, x.element_size())
     blocks, programs = cdiv(C, tile.BLOCK_C), len(partials)
     sizes = dict(M=_pixels(x), ROWS=_rows(x, programs, tile), C=C, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C)
-    arguments = dict(x_ptr=x, partials_ptr=partials, **sizes)
+    arguments = dict(x_ptr=x, partials_ptr=partials, TF32=common.multiplies_tf32(x), **sizes)
     return Launch(_gram_kernel, (programs, blocks, blocks), arguments, tile.num_warps, tile.num_stages)
 
 

@@ -40,6 +40,16 @@ CASES = {
     "no expansion, stride 2": (2, 4, 7, 24, None, 8, 2, "same"),
     "several blocks of c_in, dZ1 is stored": (1, 2, 5, 40, 16, 24, 1, "symmetric"),
     "dZ1 is stored, stride 2": (1, 3, 6, 40, 32, 24, 2, "symmetric"),
+    "dZ1 is stored, as many channels as X has": (1, 2, 3, 40, 40, 8, 1, "symmetric"),
+}
+# Images and which of the nine taps touch all pixels alike: others are 0 where they touch some, as a border of its own
+# numbers would be most of the variance, and large where they touch none.
+STEEP = {
+    "stride 2": ((4, 6, 10, 16, None, 8, 2, "symmetric"), [4, 5, 7, 8], []),
+    "one row": ((16, 1, 9, 16, None, 8, 1, "symmetric"), [4], [0, 1, 2, 6, 7, 8]),
+    "one column": ((16, 9, 1, 16, None, 8, 1, "symmetric"), [4], [0, 2, 3, 5, 6, 8]),
+    "one row, stride 2": ((16, 1, 9, 16, None, 8, 2, "symmetric"), [4], [0, 1, 2, 6, 7, 8]),
+    "stride 1": ((2, 6, 9, 16, None, 8, 1, "symmetric"), [4], []),
 }
 SANITIZED = (
     "channels that fill no vector",
@@ -235,6 +245,34 @@ def test_without_moments(dtype, device, memory, request):
     d, partials = run_forward(o, moments=False)
     assert partials is None
     assert_parity("D", d, forward(o, torch.float64), forward(o, torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize(("case", "alike", "none"), STEEP.values(), ids=STEEP)
+def test_moments_of_a_mean_of_a_thousand_sigma(case, alike, none, dtype, device, memory, request):
+    skip_if_sanitized(request)
+    o = operands(case, dtype, device, memory)
+    o.x.copy_(3 + 0.003 * torch.randn(o.x.shape))
+    taps = o.wd.view(-1, 9)
+    others = [t for t in range(9) if t not in alike]
+    taps[:, alike] = taps[:, alike].abs() + 0.1
+    taps[:, others] = 0
+    taps[:, none] = 100
+    truth = forward(o, torch.float64)
+    _, partials = run_forward(o, moments=True)
+    assert_moments(partials, truth)
+
+
+@pytest.mark.parametrize("value", [torch.inf, 6e4], ids=str)
+def test_without_moments_a_number_stays_where_it_is(value, dtype, device, memory, request):
+    skip_if_sanitized(request)
+    o = operands((1, 8, 12, 8, None, 8, 1, "symmetric"), dtype, device, memory)
+    o.x[:, :, 0, 0] = value
+    d, _ = run_forward(o, moments=False)
+    reached = torch.zeros(8, 12, dtype=torch.bool, device=device)
+    reached[:2, :2] = True
+    truth, twin = forward(o, torch.float64), forward(o, torch.float32).to(dtype)
+    assert_parity("D", d[..., ~reached], truth[..., ~reached], twin[..., ~reached])
+    assert torch.equal(d[..., reached].isfinite(), twin[..., reached].isfinite())
 
 
 @pytest.mark.parametrize("row", [2, 3], ids=["scale", "shift"])

@@ -223,6 +223,19 @@ def test_pull_back(shape, magnitude, dtype, device, memory):
     assert_parity("vector", vector, want, want.float())
 
 
+def test_pull_back_as_tf32_multiplies_it(device, memory, monkeypatch):
+    monkeypatch.setattr(common, "multiplies_tf32", lambda x: True)
+    c_mid, c_in = 40, 24
+    weight, pull = torch.randn(c_mid, c_in, device=device), torch.randn(2, c_mid, device=device, dtype=torch.float64)
+    gram = torch.randn(1 + c_in + c_in**2, device=device, dtype=torch.float64)
+    matrix, scale, vector = pull_back(*map(memory.place, (weight, pull, gram)), torch.float32)
+    assert (matrix.view(torch.int32) & 0x1FFF == 0).all()
+    wide = weight.double()
+    used = matrix.double() * scale.double()
+    torch.testing.assert_close(used, (wide.t() * pull[0]) @ wide, rtol=2**-9, atol=1e-2)
+    torch.testing.assert_close(vector, (pull[1] @ wide - gram[1 : 1 + c_in] @ used).float(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
 def test_pull_back_of_nothing_is_nothing_and_of_infinity_not_finite(dtype, device, memory):
     weight = memory.place(torch.randn(10, 3, device=device).to(dtype))

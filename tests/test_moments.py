@@ -159,6 +159,16 @@ GRAMS = {
 }
 
 
+def test_the_gram_matrix_is_of_x_as_tf32_multiplies_it(device, memory, monkeypatch):
+    monkeypatch.setattr(common, "multiplies_tf32", lambda x: True)
+    x = memory.place(images((2, 24, 9, 7), torch.float32, device, 8.0))
+    got = gram_of(x)[1]
+    truth = record_of(rows_of((x.view(torch.int32) & -0x2000).view(torch.float32)), gram=True)
+    mean, plain = truth[1:25], rows_of(x).mean(0)
+    assert (got[1:25] - mean).abs().max() < 0.01 * (plain - mean).abs().max()
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-6 * truth.abs().max().item())
+
+
 @pytest.mark.parametrize("shape", GRAMS.values(), ids=GRAMS.keys())
 def test_gram(shape, dtype, device, memory):
     x = memory.place(images(shape, dtype, device))
