@@ -324,11 +324,13 @@ def test_infinities_reach_the_scaler(device):
     assert any(not parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("ratio", [3, 1], ids=["expansion", "no expansion"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_wrong_number_in_the_input_is_not_hidden(number, device):
-    module, x, _ = block()
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_wrong_number_in_the_input_is_not_hidden(number, ratio, device, clamps_drop_nan):
+    module, x, _ = block(ratio=ratio, c_out=12, residual=False)  # X, added to Y, would show it
     x[1, 3, 2, 2] = number
-    assert not module.to(device)(x.to(device), backend="triton").isfinite().all()
+    assert module.to(device)(x.to(device), backend="triton").isnan().all()
 
 
 def test_second_derivatives_are_refused(device):
