@@ -1,6 +1,6 @@
 """Inverted residual at inference, the operation: what torch sees of the passes in ``block_inference_passes.py``.
 
-It has no gradient: a block that trains, or that passes gradients on, is ``reference.inverted_residual``.
+It has no gradient: a block that trains, or that passes gradients on, is ``inverted_residual.py``'s.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ of E, that loses digits: about 2^-25 kappa of the variance, with
 
     kappa_e = |w_e|^T |Cov| |w_e| / (w_e^T Cov w_e)
 
-and a channel of kappa above ``KAPPA_MAX`` is flagged. Flagged channels are computed and summed one by one by a second
-pass over X, a launch whose programs look at kappa and return where none of theirs is flagged: the host waits for
+and a channel of kappa above ``KAPPA_MAX`` is flagged. A second pass over X computes and sums blocks of channels in
+which one is flagged, a launch whose programs look at kappa and return where none of theirs is: the host waits for
 nothing.
 
 Each program leaves a record, and records merge: ``norms.py`` says what is in a gram record and in a moments record.

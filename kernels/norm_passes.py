@@ -1,11 +1,11 @@
-"""BatchNorm 3 of the training block, the passes over thin tensors: P4 forward, B0 and the first step of B1 backward.
+"""BatchNorm 3 of the training block, the passes over thin tensors: P4 forward, B0 and dP backward.
 
     P4   Y  = P scale + shift (+ X)
     B0   sum dY  and  sum dY (P - mean), a channel: dbeta3 and, times rstd, dgamma3
          dP = ca dY + cb P + cc
 
 All are bound by memory: every tensor is read or written once. A program owns BLOCK_M pixels by BLOCK_C channels, and
-for B0 walks over several of these tiles.
+for the sums of B0 walks over several of these tiles.
 
 Precision: X, P, Y, dY, dP in fp16, bf16 or fp32; statistics, coefficients and sums in fp32. B0 leaves one fp32 partial
 a program, to be merged in a fixed order in fp64.

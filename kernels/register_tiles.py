@@ -1,4 +1,4 @@
-"""Register tiles of the passes that walk down an image with a block of channels (``walks.py``).
+"""Register tiles of the passes that walk down an image with a block of channels (``walks.py``), and of ``project.py``.
 
 A tile is [BLOCK_E channels, pixels], channels along the rows of the matrix product. BLOCK_S *strips* (an image and a
 block of COLUMNS columns of it) are a column of BLOCK_S pixels, one from each strip. With 8 strips a warp's 16 channels

@@ -1,8 +1,8 @@
 """Block sizes as data: which tile a kernel takes for a shape, and why.
 
-A tile is chosen by channels and width, and how far a program walks by whether the grid fills the device. Neither is
-tuned by batch. Rows are compiled ahead of time by ``python -m bench.aot``, which
-fails where one spills more than it declares.
+A tile is chosen by channels and width, and a block's by what shared memory allows. Whether the grid fills the device
+decides between a few rows of a block, and how far a program walks. Neither is tuned by batch. Rows are compiled ahead
+of time by ``python -m bench.aot``, which fails where one spills more than it declares.
 """
 
 from __future__ import annotations

@@ -76,6 +76,28 @@ def memory(request, monkeypatch):
     memory.check()
 
 
+@pytest.fixture
+def clamps_drop_nan(monkeypatch):
+    """Minimum and maximum make NaN the other number, as on the device: numpy's, the interpreter's, would keep it.
+
+    Not for every test, as a read outside a tensor, which shows as NaN, would pass a clamp unseen.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def create_clampf(self, x, low, high, propagate_nan):
+        keeps = propagate_nan == tl.PropagateNan.ALL
+        return self.ternary_op(x, low, high, np.clip if keeps else lambda x, low, high: np.fmin(np.fmax(x, low), high))
+
+    # What propagates NaN by name, create_minimumf and create_maximumf, does so on the device too.
+    monkeypatch.setattr(InterpreterBuilder, "create_minnumf", lambda self, x, y: self.binary_op(x, y, np.fmin))
+    monkeypatch.setattr(InterpreterBuilder, "create_maxnumf", lambda self, x, y: self.binary_op(x, y, np.fmax))
+    monkeypatch.setattr(InterpreterBuilder, "create_clampf", create_clampf)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m picks by marks
 def pytest_collection_modifyitems(config, items):
     def wanted(item):

@@ -284,9 +284,7 @@ def test_auto_leaves_to_torch_what_kernels_cant_or_shouldnt_run(monkeypatch):
         why_torch(shape, half, gpu, "triton")
 
 
-def test_the_clamp_makes_nan_zero_where_torch_keeps_it(dtype, device, memory):
-    if common.INTERPRETED:
-        pytest.skip("numpy's maximum, by which the interpreter clamps, keeps NaN")
+def test_the_clamp_makes_nan_zero_where_torch_keeps_it(dtype, device, memory, clamps_drop_nan):
     x, packed, keywords = operands(1, 5, 5, 8, 24, 16, 1, "symmetric", dtype, "cpu")
     x[0, 3, 2, 2] = torch.nan
     x, packed = memory.place(x.to(device)), placed(packed.to(device), memory)

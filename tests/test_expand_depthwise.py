@@ -277,7 +277,7 @@ def test_without_moments_a_number_stays_where_it_is(value, dtype, device, memory
 
 @pytest.mark.parametrize("row", [2, 3], ids=["scale", "shift"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_statistics_that_are_no_numbers_make_their_channels_none(row, dtype, device, memory, request):
+def test_statistics_that_are_no_numbers_make_their_channels_none(row, dtype, device, memory, request, clamps_drop_nan):
     skip_if_sanitized(request, row == 2)
     o = operands(CASES["channels that fill no vector"], dtype, device, memory)
     o.stats1[row, 3] = o.stats1[row, 20] = torch.nan

@@ -258,11 +258,32 @@ def test_statistics_of_collinear_channels_take_the_direct_pass(device):
         torch.testing.assert_close(grads[name].cpu().double(), exact_grads[name], rtol=1e-2, atol=1e-4)
 
 
-def test_two_runs_give_the_same_bits(device, monkeypatch):
-    module, x, dy = block(c_in=40, ratio=2, c_out=40)
+@pytest.fixture
+def launches(monkeypatch):
+    """What is launched in a test, in order."""
+    made: list[common.Launch] = []
+    run = common.Launch.run
+    monkeypatch.setattr(common.Launch, "run", lambda launch, device: (made.append(launch), run(launch, device)))
+    return made
+
+
+def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("widths", "blocks"),
+    [({"c_in": 8, "ratio": 6, "c_out": 8}, 3), ({"c_in": 40, "ratio": 2, "c_out": 40}, 1)],
+    ids=["T of three blocks of channels", "dZ1 is stored"],
+)
+def test_two_runs_give_the_same_bits(widths, blocks, device, launches):
+    module, x, dy = block(**widths)
     first, second = (results(deepcopy(module).to(device), x.to(device), dy.to(device), backend="triton") for _ in "ab")
+    assert {launch.arguments["BLOCKS"] for launch in launches if "BLOCKS" in launch.arguments} == {blocks}
     assert torch.equal(first[0], second[0])
-    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+    assert_same_bits(first[1], second[1])
+    assert_same_bits(first[2], second[2])
 
 
 def test_what_is_kept(device):
@@ -324,11 +345,13 @@ def test_infinities_reach_the_scaler(device):
     assert any(not parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("ratio", [3, 1], ids=["expansion", "no expansion"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_wrong_number_in_the_input_is_not_hidden(number, device):
-    module, x, _ = block()
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_wrong_number_in_the_input_is_not_hidden(number, ratio, device, clamps_drop_nan):
+    module, x, _ = block(ratio=ratio, c_out=12, residual=False)  # X, added to Y, would show it
     x[1, 3, 2, 2] = number
-    assert not module.to(device)(x.to(device), backend="triton").isfinite().all()
+    assert module.to(device)(x.to(device), backend="triton").isnan().all()
 
 
 def test_second_derivatives_are_refused(device):
@@ -345,7 +368,7 @@ def test_checkpointed(device):
     _, grads, _ = results(deepcopy(module), x, dy, backend="triton")
     x = x.requires_grad_()
     checkpoint(module, x, use_reentrant=False, backend="triton").backward(dy)
-    torch.testing.assert_close(x.grad, grads["x"], rtol=1e-4, atol=1e-4)
+    assert_same_bits({"x": x.grad, **{name: parameter.grad for name, parameter in module.named_parameters()}}, grads)
 
 
 def test_compiles_whole(device):
@@ -362,12 +385,23 @@ def test_compiles_whole(device):
         torch.testing.assert_close(got_buffers[f"_orig_mod.{name}"], buffer)
 
 
-def test_evaluation_takes_no_statistics(device):
+def test_evaluation_takes_no_statistics(device, launches):
     module, x, _ = block()
     module = module.to(device).eval()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with torch.no_grad(), Calls() as calls:
         y = module(x.to(device), backend="triton")
     assert calls.names == ["inverted_residual_fwd"]
+    assert_same_bits(dict(module.named_buffers()), before)
+    assert [launch.kernel.fn.__name__ for launch in launches] == [
+        "_frozen_kernel",
+        "_expand_depthwise_kernel",
+        "_frozen_kernel",
+        "_project_kernel",
+        "_frozen_kernel",
+        "_apply_kernel",
+    ]
+    assert all(launch.arguments.get("partials_ptr") is None for launch in launches)  # nor moments of D and P
     torch.testing.assert_close(y, module(x.to(device)), rtol=1e-4, atol=1e-5)
 
 

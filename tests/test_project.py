@@ -201,9 +201,10 @@ def test_moments_of_means_far_from_zero(dtype, device, memory):
     assert_moments(partials, p.double())
 
 
-def test_a_scale_that_is_no_number_makes_p_none(dtype, device, memory):
+@pytest.mark.parametrize("row", [2, 3], ids=["scale", "shift"])
+def test_statistics_that_are_no_numbers_make_p_none(row, dtype, device, memory, clamps_drop_nan):
     o = operands(CASES["channels that fill no vector"], dtype, device, memory)
-    o.stats[2, 3] = float("nan")
+    o.stats[row, 3] = float("nan")
     p, partials = run_project(o, moments=True)
     assert p.isnan().all()
     assert partials[:, 1:].isnan().all()
