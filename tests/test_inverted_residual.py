@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import BatchNorm, common, inverted_residual, reference
+from kernels import inverted_residual_passes as passes
 from kernels.moments import KAPPA_MAX
 from mnv2.model import layer_shapes
 
@@ -296,6 +297,24 @@ def test_what_is_kept(device):
     D, P = 24 * 60, 12 * 60
     assert set(kept["D"]) - set(kept["X"]) == {D, P}
     assert x.numel() in kept["X"]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["statistics of the batch", "frozen"])
+def test_what_is_made_again_has_the_same_bits(frozen, dtype, device):
+    module, x, dy = block(frozen=(frozen,) * 3)
+    module, x, dy = module.to(device, dtype), x.to(device, dtype), dy.to(device, dtype)
+    kept, made = (results(deepcopy(module), x, dy, backend="triton", save=save) for save in ("D", "X"))
+    assert_same_bits(made[1], kept[1])
+
+
+def test_weights_are_rounded_to_tf32_where_products_are(monkeypatch):
+    weight = torch.randn(24, 8, 1, 1)
+    assert torch.equal(passes.rounded(weight, weight), weight[..., 0, 0])
+    monkeypatch.setattr(common, "multiplies_tf32", lambda x: True)
+    found, exact = passes.rounded(weight, weight), weight[..., 0, 0]
+    assert (found.view(torch.int32) & 0x1FFF == 0).all()
+    step = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 11)  # between two numbers of ten bits
+    assert ((found - exact).abs() <= step / 2).all()
 
 
 @pytest.mark.parametrize("needed", ["x", "project_norm.bias", "expand.1.weight"])
