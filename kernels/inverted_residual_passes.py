@@ -14,7 +14,7 @@ it runs again on the stack: in rank order, so all processes have the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +153,9 @@ def _normalise_expanded(run: Run, x: Tensor, w1: Tensor, norm: BatchNorm, saved:
     _normalise(run, partials, norm, saved.stats1, record, kappa)
 
 
-def _expand_depthwise(run: Run, x: Tensor, w1: Tensor | None, block: Block, saved: Saved, *, moments: bool) -> Launch:
+def _expand_depthwise(
+    run: Run, x: Tensor, w1: Tensor | None, block: Block, saved: Saved, *, statistics: bool
+) -> Launch:
     return run(
         expand_depthwise_launch,
         x,
@@ -163,7 +165,7 @@ def _expand_depthwise(run: Run, x: Tensor, w1: Tensor | None, block: Block, save
         saved.d,
         block.stride,
         block.padding,
-        moments=moments,
+        moments=statistics,
     )
 
 
@@ -188,7 +190,7 @@ def forward(x: Tensor, block: Block, y: Tensor, saved: Saved, run: Run = launche
         else:
             run(norms.frozen_launch, block.norm1, saved.stats1)
     batch2, batch3 = block.norm2.batch_stats, block.norm3.batch_stats
-    launch = _expand_depthwise(run, x, w1, block, saved, moments=batch2)
+    launch = _expand_depthwise(run, x, w1, block, saved, statistics=batch2)
     if batch2:
         _normalise(run, launch.arguments["partials_ptr"], block.norm2, saved.stats2, saved.count2)
     else:
@@ -206,8 +208,8 @@ def with_d_and_p(x: Tensor, block: Block, saved: Saved, run: Run = launched) -> 
     fresh, w2 = new_saved(x, block), rounded(block.w2, x)
     assert w2 is not None
     saved = saved._replace(d=fresh.d, p=fresh.p)
-    moments = block.norm2.batch_stats  # D is rounded otherwise where none are taken
-    _expand_depthwise(run, x, rounded(block.w1, x), block, saved, moments=moments)
+    batch2 = block.norm2.batch_stats  # D is rounded otherwise where no moments are taken
+    _expand_depthwise(run, x, rounded(block.w1, x), block, saved, statistics=batch2)
     run(project_launch, saved.d, saved.stats2, w2, saved.p, moments=False)
     return saved
 
@@ -270,10 +272,34 @@ def _front(
     coefs2: Tensor,
 ) -> Grads:
     """The rest of ``backward``: from dP through the depthwise convolution and the expansion."""
-    w1, c_mid, residual = rounded(block.w1, x), block.c_mid, dy if block.residual else None
+    w1, residual = rounded(block.w1, x), dy if block.residual else None
+    out, sums = _walk_back(run, x, dp, w1, w2, block, saved, coefs2)
+    if need.wd:
+        found = found._replace(wd=_sum(run, sums["taps_ptr"], block.wd))
+    if w1 is None or block.norm1 is None:
+        dx = out
+        if residual is not None and need.x:
+            dx = common.allocate_like(x)
+            run(expand_grads.input_grad_launch, dx, out, dy=residual)
+        return found._replace(x=dx)
+    s, dbeta = sums["s_ptr"], sums["beta_ptr"]
+    t, dz = (None, out) if s is None else (out, None)
+    if s is None:
+        programs, (c_mid, c_in) = expand_grads.expand_sums_programs(x, out), w1.shape
+        s, dbeta = (common.allocate((programs, rows, c_mid), x, torch.float32) for rows in (c_in, 1))
+        run(expand_grads.expand_sums_launch, x, out, s, dbeta)
+    grads1, pull, dw1 = _expand_grads(run, s, dbeta, w1, block, saved)
+    found = found._replace(w1=dw1, norm1=grads1)
+    return found._replace(x=_input_grad(run, x, t, dz, w1, pull, residual, block.norm1, saved)) if need.x else found
+
+
+def _walk_back(
+    run: Run, x: Tensor, dp: Tensor, w1: Tensor | None, w2: Tensor, block: Block, saved: Saved, coefs2: Tensor
+) -> tuple[Tensor, Mapping[str, Any]]:
+    """B2: T or dZ1 (without an expansion dA), and the arguments of its launch, which have the partials of its sums."""
     thin = w1 is not None and w1.shape[1] <= training_tiles.THIN
-    out = common.allocate(tuple(x.shape) if thin else (x.shape[0], c_mid, *x.shape[2:]), x)
-    sums = run(
+    out = common.allocate(tuple(x.shape) if thin else (x.shape[0], block.c_mid, *x.shape[2:]), x)
+    launch = run(
         expand_depthwise_grads_launch,
         x,
         saved.d,
@@ -288,38 +314,34 @@ def _front(
         out,
         block.stride,
         block.padding,
-    ).arguments
-    if need.wd:
-        found = found._replace(wd=_sum(run, sums["taps_ptr"], block.wd))
-    if w1 is None or block.norm1 is None:
-        dx = out
-        if residual is not None and need.x:
-            dx = common.allocate_like(x)
-            run(expand_grads.input_grad_launch, dx, out, dy=residual)
-        return found._replace(x=dx)
+    )
+    return out, launch.arguments
+
+
+def _input_grad(
+    run: Run,
+    x: Tensor,
+    t: Tensor | None,
+    dz: Tensor | None,
+    w1: Tensor,
+    pull: Tensor,
+    residual: Tensor | None,
+    norm1: BatchNorm,
+    saved: Saved,
+) -> Tensor:
+    """``x``'s, from T or dZ1 and from what BN1's statistics take back."""
+    if t is not None and not norm1.batch_stats and residual is None:
+        return t
     c_in = w1.shape[1]
-    s, dbeta = sums["s_ptr"], sums["beta_ptr"]
-    if not thin:
-        programs = expand_grads.expand_sums_programs(x, out)
-        s, dbeta = (common.allocate((programs, rows, c_mid), x, torch.float32) for rows in (c_in, 1))
-        run(expand_grads.expand_sums_launch, x, out, s, dbeta)
-    grads1, pull, dw1 = _expand_grads(run, s, dbeta, w1, block, saved)
-    found = found._replace(w1=dw1, norm1=grads1)
-    batch = block.norm1.batch_stats
-    if not need.x:
-        return found
-    if thin and not batch and residual is None:
-        return found._replace(x=out)
     back: tuple[Tensor | None, ...] = (None, None, None, None)
-    if batch:
+    if norm1.batch_stats:
         matrix, scale = common.allocate((c_in, c_in), x), common.allocate((c_in,), x, torch.float32)
         vector = common.allocate((c_in,), x, torch.float32)
         run(expand_finalisers.pull_back_launch, w1, pull, saved.gram, matrix, scale, vector)
         back = (x, matrix, scale, vector)
     dx = common.allocate_like(x)
-    made = (out, None) if thin else (None, out)
-    run(expand_grads.input_grad_launch, dx, *made, w1, saved.stats1, *back, residual)
-    return found._replace(x=dx)
+    run(expand_grads.input_grad_launch, dx, t, dz, w1, saved.stats1, *back, residual)
+    return dx
 
 
 def _expand_grads(
