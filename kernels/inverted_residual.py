@@ -7,6 +7,7 @@ never stored. Sums have a fixed order: two runs give the same bits.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,32 +57,52 @@ def _new_output(x: Tensor, c_out: int, stride: int) -> Tensor:
     return common.allocate((N, c_out, cdiv(H, stride), cdiv(W, stride)), x)
 
 
+def _split(norms: Sequence[BatchNorm]) -> tuple[list[Tensor | None], list[Tensor], list[bool]]:
+    """All tensors of ``norms``; but those running statistics that a forward updates apart, and whose they are.
+
+    Only what is written may be declared so: autograd refuses what it has saved of a tensor that was written since.
+    """
+    kept: list[Tensor | None] = []
+    running: list[Tensor] = []
+    tracked = []
+    for weight, bias, mean, var, batches, batch_stats, *_ in norms:
+        tracked.append(False)
+        if batch_stats and mean is not None and var is not None:
+            tracked[-1] = True
+            running += [mean, var]
+            mean = var = None
+        kept += [weight, bias, mean, var, batches]
+    return kept, running, tracked
+
+
+def _together(
+    kept: Sequence[Tensor | None], running: Sequence[Tensor], tracked: Sequence[bool]
+) -> tuple[Norm, Norm, Norm]:
+    """What ``_split`` has made two of."""
+    updated = iter(running)
+
+    def norm(i: int) -> Norm:
+        weight, bias, mean, var, batches = kept[5 * i : 5 * i + 5]
+        if tracked[i]:
+            mean, var = next(updated), next(updated)
+        return weight, bias, mean, var, batches
+
+    return norm(0), norm(1), norm(2)
+
+
 # An operation that changes some of its inputs may return a tuple, but no list: torch.compile can't trace it else.
 _YAndSaved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_RUNNING = tuple(f"running_{name}{i}" for i in (1, 2, 3) for name in ("mean", "var"))
 
 
-@torch.library.custom_op("mnv2::inverted_residual_fwd", mutates_args=_RUNNING)
+@torch.library.custom_op("mnv2::inverted_residual_fwd", mutates_args=("running",))
 def _fwd(
     x: Tensor,
     w1: Tensor | None,
     wd: Tensor,
     w2: Tensor,
-    gamma1: Tensor | None,
-    beta1: Tensor | None,
-    running_mean1: Tensor | None,
-    running_var1: Tensor | None,
-    batches1: Tensor | None,
-    gamma2: Tensor | None,
-    beta2: Tensor | None,
-    running_mean2: Tensor | None,
-    running_var2: Tensor | None,
-    batches2: Tensor | None,
-    gamma3: Tensor | None,
-    beta3: Tensor | None,
-    running_mean3: Tensor | None,
-    running_var3: Tensor | None,
-    batches3: Tensor | None,
+    norms: Sequence[Tensor | None],
+    running: list[Tensor],
+    tracked: list[bool],
     stride: int,
     residual: bool,
     padding: str,
@@ -92,21 +113,26 @@ def _fwd(
     group2: str,
     group3: str,
 ) -> _YAndSaved:
-    """Y and what ``Saved`` names; updates the running statistics."""
-    norms = (
-        (gamma1, beta1, running_mean1, running_var1, batches1),
-        (gamma2, beta2, running_mean2, running_var2, batches2),
-        (gamma3, beta3, running_mean3, running_var3, batches3),
-    )
-    block = _block(w1, wd, w2, norms, stride, residual, padding, batch_stats, momentum, eps, group1, group2, group3)
+    """Y and what ``Saved`` names; updates ``running``. It and ``norms`` and ``tracked`` are as ``_split`` has them."""
+    there = _together(norms, running, tracked)
+    block = _block(w1, wd, w2, there, stride, residual, padding, batch_stats, momentum, eps, group1, group2, group3)
     y, saved = _new_output(x, block.c_out, stride), passes.new_saved(x, block)
     passes.forward(x, block, y, saved)
     return y, *saved
 
 
 @_fwd.register_fake
-def _(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor, *rest: Any) -> _YAndSaved:
-    block = _block(w1, wd, w2, (NOTHING, NOTHING, NOTHING), *rest[-9:])
+def _(
+    x: Tensor,
+    w1: Tensor | None,
+    wd: Tensor,
+    w2: Tensor,
+    norms: Sequence[Tensor | None],
+    running: list[Tensor],
+    tracked: list[bool],
+    *how: Any,
+) -> _YAndSaved:
+    block = _block(w1, wd, w2, (NOTHING, NOTHING, NOTHING), *how)
     return _new_output(x, block.c_out, block.stride), *passes.new_saved(x, block)
 
 
@@ -169,6 +195,8 @@ class _InvertedResidual(torch.autograd.Function):
     def forward(
         ctx: Any,
         save: str,
+        running: list[Tensor],
+        tracked: list[bool],
         how: tuple[Any, ...],
         x: Tensor,
         w1: Tensor | None,
@@ -176,7 +204,7 @@ class _InvertedResidual(torch.autograd.Function):
         w2: Tensor,
         *norms: Tensor | None,
     ) -> Tensor:
-        y, *saved = _fwd(x, w1, wd, w2, *norms, *how)
+        y, *saved = _fwd(x, w1, wd, w2, norms, running, tracked, *how)
         if save == "X":
             state = Saved(*saved)
             saved = [*state._replace(d=x.new_empty(0), p=x.new_empty(0))]
@@ -189,7 +217,7 @@ class _InvertedResidual(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, wd, w2, *saved = ctx.saved_tensors
         x, *saved = map(_nhwc, (x, *saved))
-        _, _, need_x, need_w1, need_wd, need_w2, *need = ctx.needs_input_grad
+        need_x, need_w1, need_wd, need_w2, *need = ctx.needs_input_grad[4:]
         affine = [need[i] or need[i + 1] for i in (0, 5, 10)]
         needs = [need_x, need_w1, affine[0], need_wd, affine[1], need_w2, affine[2]]
         dy = grads[0].contiguous(memory_format=torch.channels_last)  # autograd's to choose: sum() sends one number
@@ -201,7 +229,7 @@ class _InvertedResidual(torch.autograd.Function):
                     norms[first + i] = pair[i].to(ctx.types[first + i])
         front = (found.x, found.w1, found.wd, found.w2)
         asked = (need_x, need_w1, need_wd, need_w2)
-        return None, None, *(g if n else None for g, n in zip(front, asked, strict=True)), *norms
+        return None, None, None, None, *(g if n else None for g, n in zip(front, asked, strict=True)), *norms
 
 
 def _nhwc(tensor: Tensor) -> Tensor:
@@ -338,8 +366,9 @@ def inverted_residual(
         [float(norm.eps) for norm in there],
         *(norm.group if norm.batch_stats else "" for norm in there),
     )
-    tensors = [tensor for norm in there for tensor in norm[:5]]
-    return _InvertedResidual.apply(save, how, x, expand_weight, depthwise_weight, project_weight, *tensors)
+    kept, running, tracked = _split(there)
+    weights = (expand_weight, depthwise_weight, project_weight)
+    return _InvertedResidual.apply(save, running, tracked, how, x, *weights, *kept)
 
 
 def _check(

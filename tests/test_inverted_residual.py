@@ -11,6 +11,7 @@ import pytest
 import torch
 from numerics import Calls, GuardedMemory, assert_parity
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels import BatchNorm, common, inverted_residual, reference
@@ -221,6 +222,15 @@ def test_every_block_of_the_network(case, dtype, device, guarded):
     assert_block(case, dtype, device, guarded)
 
 
+class RecordedForward(TorchDispatchMode):
+    """Inside, ``arguments`` are those of the last block's forward."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.mnv2.inverted_residual_fwd.default:
+            self.arguments = args
+        return func(*args, **(kwargs or {}))
+
+
 def block(**changes: Any) -> tuple[Module, Tensor, Tensor]:
     """A small block with inputs in fp32."""
     case = Case("", **{**{"N": 2, "H": 5, "W": 6, "c_in": 8, "ratio": 3, "c_out": 8, "residual": True}, **changes})
@@ -360,6 +370,43 @@ def test_compiles_whole(device):
         torch.testing.assert_close(got_grads[name if name == "x" else f"_orig_mod.{name}"], grad)
     for name, buffer in buffers.items():
         torch.testing.assert_close(got_buffers[f"_orig_mod.{name}"], buffer)
+
+
+def test_the_forward_as_torch_sees_it(device):
+    module, x, _ = block(frozen=(True, False, False))
+    with RecordedForward() as recorded:
+        module.to(device).requires_grad_(False)(x.to(device), backend="triton")
+    torch.library.opcheck(torch.ops.mnv2.inverted_residual_fwd, recorded.arguments)
+
+
+def test_exports(device):
+    module, x, _ = block(frozen=(False, True, False))
+    module, x = module.to(device), x.to(device)
+    keywords = {"backend": "triton"}
+    program = torch.export.export(deepcopy(module), (x,), keywords).run_decompositions().module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(x, **keywords), module(x, **keywords))
+    for name, buffer in program.named_buffers():
+        torch.testing.assert_close(buffer, module.get_buffer(name))
+
+
+def test_only_statistics_that_change_are_marked_as_changed(device):
+    module, x, _ = block(frozen=(True, False, True))
+    module, x = module.to(device), x.to(device)
+    before = {name: buffer._version for name, buffer in module.named_buffers()}
+    module(x, backend="triton")
+    changed = {name for name, buffer in module.named_buffers() if buffer._version != before[name]}
+    assert changed == {f"depthwise_norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+
+
+@pytest.mark.parametrize("backends", ["torch triton", "triton torch"])
+def test_both_paths_over_the_same_frozen_norms_in_one_graph(backends, device):
+    module, x, dy = block(frozen=(True, True, True))
+    module, x, dy = module.to(device), x.to(device), dy.to(device)
+    _, grads, _ = results(deepcopy(module), x, dy, backend="torch")
+    x = x.requires_grad_()
+    sum(module(x, backend=backend) for backend in backends.split()).backward(dy)
+    torch.testing.assert_close(x.grad, 2 * grads["x"], rtol=1e-4, atol=1e-4)
 
 
 def test_evaluation_takes_no_statistics(device):
