@@ -252,9 +252,10 @@ def unsupported(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor) -> str | N
         return f"x: {problem}"
     if x.shape[0] * x.shape[2] * x.shape[3] >= 2**31:
         return f"x: expected fewer than 2^31 pixels, got shape {tuple(x.shape)}"
-    for name, channels, most in (("x", x.shape[1], MAX_IN), ("project_weight", w2.shape[0], MAX_OUT)):
-        if channels > most and (w1 is not None or name != "x"):
-            return f"{name}: expected at most {most} channels, got {channels}"
+    if w1 is not None and x.shape[1] > MAX_IN:
+        return f"x: expected at most {MAX_IN} channels, got {x.shape[1]}"
+    if w2.shape[0] > MAX_OUT:
+        return f"project_weight: expected at most {MAX_OUT} channels, got {w2.shape[0]}"
     if wd.shape[2:] != (3, 3):
         return f"depthwise_weight: expected a kernel of 3 x 3, got {wd.shape[2]} x {wd.shape[3]}"
     for name, weight in (("expand_weight", w1), ("depthwise_weight", wd), ("project_weight", w2)):
