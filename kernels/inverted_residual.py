@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import common, reference
 from . import inverted_residual_passes as passes
+from .block_checks import check_block
 from .common import BatchNorm, cdiv
 from .depthwise import depthwise_conv2d
 from .inverted_residual_passes import Block, Grads, Saved
@@ -325,9 +326,9 @@ def inverted_residual(
     NaN: the kernels' clamp makes an expanded or depthwise value of NaN 0, where torch's keeps it.
 
     Raises:
-        TypeError: x or a weight is not floating-point.
+        TypeError: an argument is of another type, or x or a weight not floating-point.
         ValueError: shapes, layout, stride, residual or padding make no such block, a norm over the batch has one number
-            of each channel, or ``backend="triton"`` can't run it; the message names the argument.
+            of each channel, or ``backend="triton"`` can't run it; both messages name the argument.
         NotImplementedError: a gradient of a gradient is asked for.
 
     ``torch.func``'s transforms want ``backend="torch"``.
@@ -338,7 +339,7 @@ def inverted_residual(
     common.check_choice("backend", backend, common.BACKENDS)
     common.check_choice("save", save, SAVES)
     norms = (expand_norm, depthwise_norm, project_norm)
-    _check(x, expand_weight, depthwise_weight, project_weight, norms, stride, residual, padding)
+    check_block(x, expand_weight, depthwise_weight, project_weight, norms, stride, residual, padding)
     dtype = common.autocast_dtype(x)
     x = x if dtype is None else x.to(dtype)
     if why_torch(x, expand_weight, depthwise_weight, project_weight, backend) is not None:
@@ -370,64 +371,3 @@ def inverted_residual(
     kept, running, tracked = _split(there)
     weights = (expand_weight, depthwise_weight, project_weight)
     return _InvertedResidual.apply(save, running, tracked, how, x, *weights, *kept)
-
-
-def _check(
-    x: Tensor,
-    w1: Tensor | None,
-    wd: Tensor,
-    w2: Tensor,
-    norms: tuple[BatchNorm | None, BatchNorm, BatchNorm],
-    stride: int,
-    residual: bool,
-    padding: str,
-) -> None:
-    """Raise where no backend could run."""
-    common.check_nhwc("x", x)
-    common.check_padding(padding)
-    common.check_stride(stride)
-    if (w1 is None) != (norms[0] is None):
-        raise ValueError("expand_weight, expand_norm: expected both or neither, got one of them")
-    c_in, c_mid, c_out = x.shape[1], wd.shape[0], w2.shape[0]
-    shapes = {"depthwise_weight": (wd, (c_mid, 1, *wd.shape[2:])), "project_weight": (w2, (c_out, c_mid, 1, 1))}
-    if w1 is not None:
-        shapes["expand_weight"] = (w1, (c_mid, c_in, 1, 1))
-    elif c_mid != c_in:
-        raise ValueError(f"depthwise_weight: expected x's {c_in} channels where nothing expands, got {c_mid}")
-    for name, (weight, shape) in shapes.items():
-        if not weight.is_floating_point() or (weight.dtype != x.dtype and common.autocast_dtype(x) is None):
-            raise TypeError(f"{name}: expected x's type {x.dtype} (or autocast), got {weight.dtype}")
-        if tuple(weight.shape) != shape:
-            raise ValueError(f"{name}: expected {list(shape)} beside x {tuple(x.shape)}, got {tuple(weight.shape)}")
-        if weight.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}, got {weight.device}")
-    common.check_residual(residual, stride, c_in, c_out)
-    for name, norm, channels in (
-        ("expand", norms[0], c_mid),
-        ("depthwise", norms[1], c_mid),
-        ("project", norms[2], c_out),
-    ):
-        _check_norm(f"{name}_norm", norm, channels, x.device)
-    N, _, H, W = x.shape
-    outputs = N * cdiv(H, stride) * cdiv(W, stride)
-    for name, norm, numbers in zip(
-        ("expand", "depthwise", "project"), norms, (N * H * W, outputs, outputs), strict=True
-    ):
-        if norm is not None and norm.batch_stats and not norm.group and numbers == 1:
-            raise ValueError(f"{name}_norm: expected more than one number a channel to take statistics of, got one")
-
-
-def _check_norm(name: str, norm: BatchNorm | None, channels: int, device: torch.device) -> None:
-    """Raise unless each tensor of ``norm`` has a number for each of its channels."""
-    if norm is None:
-        return
-    for field in ("weight", "bias", "running_mean", "running_var"):
-        tensor = getattr(norm, field)
-        if tensor is None:
-            if not norm.batch_stats and field.startswith("running"):
-                raise ValueError(f"{name}: expected {field} where the batch's statistics aren't taken, got None")
-        elif tensor.shape != (channels,) or not tensor.is_contiguous() or not tensor.is_floating_point():
-            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-            raise ValueError(f"{name}: expected {field} as {channels} contiguous floating-point numbers, got {got}")
-        elif tensor.device != device:
-            raise ValueError(f"{name}: expected {field} on x's device {device}, got {tensor.device}")

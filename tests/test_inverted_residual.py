@@ -445,18 +445,61 @@ def test_norms_of_other_channels_are_refused():
         ({"save": "P"}, ValueError, "save: expected one of"),
         ({"backend": "cuda"}, ValueError, "backend: expected one of"),
         ({"stride": 3}, ValueError, "stride: expected 1 or 2, got 3"),
+        ({"stride": 1.0}, ValueError, "stride: expected 1 or 2, got 1.0"),
+        ({"stride": True}, ValueError, "stride: expected 1 or 2, got True"),
         ({"stride": 2}, ValueError, "residual: expected stride 1"),
+        ({"residual": "no"}, TypeError, "residual: expected True or False, got 'no'"),
         ({"padding": "valid"}, ValueError, "padding: expected one of"),
         ({"x": torch.randn(2, 8, 5, 6)}, ValueError, "x: expected channels_last memory"),
         ({"x": nhwc(torch.randn(2, 9, 5, 6))}, ValueError, r"expand_weight: expected \[24, 9, 1, 1\]"),
         ({"x": nhwc(torch.randn(2, 8, 5, 6)).half()}, TypeError, "depthwise_weight: expected x's type torch.float16"),
         ({"expand_norm": None}, ValueError, "expand_weight, expand_norm: expected both or neither"),
+        ({"expand_weight": torch.randn(24)}, ValueError, r"expand_weight: expected 4 dimensions .* shape \(24,\)"),
+        ({"depthwise_weight": None}, TypeError, "depthwise_weight: expected a tensor, got NoneType"),
+        ({"depthwise_weight": torch.randn(24, 9)}, ValueError, r"depthwise_weight: expected 4 .* shape \(24, 9\)"),
+        ({"depthwise_weight": torch.randn(24, 1, 2, 2)}, ValueError, r"depthwise_weight: expected \[24, 1, 3, 3\]"),
         ({"project_weight": torch.randn(8, 25, 1, 1)}, ValueError, r"project_weight: expected \[8, 24, 1, 1\]"),
+        ({"project_weight": torch.tensor(1.0)}, ValueError, r"project_weight: expected 4 dimensions .* shape \(\)"),
+        ({"project_weight": torch.randn(0, 24, 1, 1)}, ValueError, "project_weight: expected .* of at least 1"),
         ({"x": nhwc(torch.randn(1, 8, 1, 1))}, ValueError, "expand_norm: expected more than one number a channel"),
     ],
     ids=lambda value: str(list(value)) if isinstance(value, dict) else "",
 )
 def test_bad_arguments_are_named(change, error, message):
+    assert_refused(change, error, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (None, TypeError, "expected a kernels.BatchNorm .*, got NoneType"),
+        (nn.BatchNorm2d(24), TypeError, "expected a kernels.BatchNorm .*, got BatchNorm2d"),
+        ({"weight": 1.0}, TypeError, "expected weight as a tensor or None, got float"),
+        ({"bias": torch.zeros(24, device="meta")}, ValueError, "expected bias on x's device cpu, got meta"),
+        ({"running_var": None}, ValueError, "expected both running_mean and running_var or neither"),
+        ({"running_var": None, "batch_stats": False}, ValueError, "expected running_var where the batch's"),
+        ({"running_mean": torch.zeros(24).requires_grad_()}, ValueError, "expected running_mean without a gradient"),
+        ({"num_batches_tracked": 1}, TypeError, "expected num_batches_tracked as a tensor or None, got int"),
+        ({"num_batches_tracked": torch.tensor(1.0)}, ValueError, "expected num_batches_tracked as one number of"),
+        ({"num_batches_tracked": torch.zeros(2).long()}, ValueError, r"got torch.int64 of shape \(2,\)"),
+        ({"num_batches_tracked": torch.tensor(1, device="meta")}, ValueError, "x's device cpu, got meta"),
+        ({"batch_stats": 1}, TypeError, "expected batch_stats as True or False, got 1"),
+        ({"momentum": "a"}, TypeError, "expected momentum as a number or None, got 'a'"),
+        ({"momentum": float("nan")}, ValueError, "expected momentum from 0 to 1, got nan"),
+        ({"eps": None}, TypeError, "expected eps as a number, got None"),
+        ({"eps": -1}, ValueError, "expected a positive eps, got -1"),
+        ({"group": None}, TypeError, "expected group as a name, got None"),
+    ],
+    ids=lambda value: str(list(value)) if isinstance(value, dict) else "",
+)
+def test_bad_norms_are_named(change, error, message):
+    norm = block()[0].norm(nn.BatchNorm2d(24))
+    norm = norm._replace(**change) if isinstance(change, dict) else change
+    assert_refused({"depthwise_norm": norm}, error, f"depthwise_norm: .*{message}")
+
+
+def assert_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Both backends refuse a block whose arguments are changed so, before anything is counted or updated."""
     module, x, _ = block()
     arguments = {
         "x": x,
@@ -469,8 +512,10 @@ def test_bad_arguments_are_named(change, error, message):
         "stride": 1,
         "residual": True,
     }
-    with pytest.raises(error, match=message):
-        inverted_residual(**{**arguments, **change})
+    for backend in ("torch", "triton"):
+        with pytest.raises(error, match=f"^{message}"):
+            inverted_residual(**{"backend": backend, **arguments, **change})
+    assert not any(norm.num_batches_tracked for norm in module.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
 def test_what_the_kernels_cant_run_is_torchs(device):
