@@ -249,13 +249,15 @@ def check_padding(padding: str) -> None:
 
 
 def check_stride(stride: int) -> None:
-    """Raise ValueError unless ``stride`` is a block's."""
-    if stride not in (1, 2):
+    """Raise ValueError unless ``stride`` is a block's, and an integer."""
+    if type(stride) is not int or stride not in (1, 2):
         raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
 
 
 def check_residual(residual: bool, stride: int, c_in: int, c_out: int) -> None:
-    """Raise ValueError where the input of a block can't be added to its output."""
+    """Raise where ``residual`` is no answer, or the input of a block can't be added to its output."""
+    if type(residual) is not bool:
+        raise TypeError(f"residual: expected True or False, got {residual!r}")
     if residual and (stride != 1 or c_in != c_out):
         raise ValueError(
             "residual: expected stride 1 and as many outputs as inputs, "

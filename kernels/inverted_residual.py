@@ -7,6 +7,7 @@ never stored. Sums have a fixed order: two runs give the same bits.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from . import common, reference
 from . import inverted_residual_passes as passes
+from .block_checks import check_block
 from .common import BatchNorm, cdiv
 from .depthwise import depthwise_conv2d
 from .inverted_residual_passes import Block, Grads, Saved
@@ -56,32 +58,52 @@ def _new_output(x: Tensor, c_out: int, stride: int) -> Tensor:
     return common.allocate((N, c_out, cdiv(H, stride), cdiv(W, stride)), x)
 
 
+def _split(norms: Sequence[BatchNorm]) -> tuple[list[Tensor | None], list[Tensor], list[bool]]:
+    """All tensors of ``norms``; but those running statistics that a forward updates apart, and whose they are.
+
+    Only what is written may be declared so: autograd refuses what it has saved of a tensor that was written since.
+    """
+    kept: list[Tensor | None] = []
+    running: list[Tensor] = []
+    tracked = []
+    for weight, bias, mean, var, batches, batch_stats, *_ in norms:
+        tracked.append(False)
+        if batch_stats and mean is not None and var is not None:
+            tracked[-1] = True
+            running += [mean, var]
+            mean = var = None
+        kept += [weight, bias, mean, var, batches]
+    return kept, running, tracked
+
+
+def _together(
+    kept: Sequence[Tensor | None], running: Sequence[Tensor], tracked: Sequence[bool]
+) -> tuple[Norm, Norm, Norm]:
+    """What ``_split`` has made two of."""
+    updated = iter(running)
+
+    def norm(i: int) -> Norm:
+        weight, bias, mean, var, batches = kept[5 * i : 5 * i + 5]
+        if tracked[i]:
+            mean, var = next(updated), next(updated)
+        return weight, bias, mean, var, batches
+
+    return norm(0), norm(1), norm(2)
+
+
 # An operation that changes some of its inputs may return a tuple, but no list: torch.compile can't trace it else.
 _YAndSaved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_RUNNING = tuple(f"running_{name}{i}" for i in (1, 2, 3) for name in ("mean", "var"))
 
 
-@torch.library.custom_op("mnv2::inverted_residual_fwd", mutates_args=_RUNNING)
+@torch.library.custom_op("mnv2::inverted_residual_fwd", mutates_args=("running",))
 def _fwd(
     x: Tensor,
     w1: Tensor | None,
     wd: Tensor,
     w2: Tensor,
-    gamma1: Tensor | None,
-    beta1: Tensor | None,
-    running_mean1: Tensor | None,
-    running_var1: Tensor | None,
-    batches1: Tensor | None,
-    gamma2: Tensor | None,
-    beta2: Tensor | None,
-    running_mean2: Tensor | None,
-    running_var2: Tensor | None,
-    batches2: Tensor | None,
-    gamma3: Tensor | None,
-    beta3: Tensor | None,
-    running_mean3: Tensor | None,
-    running_var3: Tensor | None,
-    batches3: Tensor | None,
+    norms: Sequence[Tensor | None],
+    running: list[Tensor],
+    tracked: list[bool],
     stride: int,
     residual: bool,
     padding: str,
@@ -92,21 +114,26 @@ def _fwd(
     group2: str,
     group3: str,
 ) -> _YAndSaved:
-    """Y and what ``Saved`` names; updates the running statistics."""
-    norms = (
-        (gamma1, beta1, running_mean1, running_var1, batches1),
-        (gamma2, beta2, running_mean2, running_var2, batches2),
-        (gamma3, beta3, running_mean3, running_var3, batches3),
-    )
-    block = _block(w1, wd, w2, norms, stride, residual, padding, batch_stats, momentum, eps, group1, group2, group3)
+    """Y and what ``Saved`` names; updates ``running``. It and ``norms`` and ``tracked`` are as ``_split`` has them."""
+    there = _together(norms, running, tracked)
+    block = _block(w1, wd, w2, there, stride, residual, padding, batch_stats, momentum, eps, group1, group2, group3)
     y, saved = _new_output(x, block.c_out, stride), passes.new_saved(x, block)
     passes.forward(x, block, y, saved)
     return y, *saved
 
 
 @_fwd.register_fake
-def _(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor, *rest: Any) -> _YAndSaved:
-    block = _block(w1, wd, w2, (NOTHING, NOTHING, NOTHING), *rest[-9:])
+def _(
+    x: Tensor,
+    w1: Tensor | None,
+    wd: Tensor,
+    w2: Tensor,
+    norms: Sequence[Tensor | None],
+    running: list[Tensor],
+    tracked: list[bool],
+    *how: Any,
+) -> _YAndSaved:
+    block = _block(w1, wd, w2, (NOTHING, NOTHING, NOTHING), *how)
     return _new_output(x, block.c_out, block.stride), *passes.new_saved(x, block)
 
 
@@ -169,6 +196,8 @@ class _InvertedResidual(torch.autograd.Function):
     def forward(
         ctx: Any,
         save: str,
+        running: list[Tensor],
+        tracked: list[bool],
         how: tuple[Any, ...],
         x: Tensor,
         w1: Tensor | None,
@@ -176,7 +205,7 @@ class _InvertedResidual(torch.autograd.Function):
         w2: Tensor,
         *norms: Tensor | None,
     ) -> Tensor:
-        y, *saved = _fwd(x, w1, wd, w2, *norms, *how)
+        y, *saved = _fwd(x, w1, wd, w2, norms, running, tracked, *how)
         if save == "X":
             state = Saved(*saved)
             saved = [*state._replace(d=x.new_empty(0), p=x.new_empty(0))]
@@ -189,7 +218,7 @@ class _InvertedResidual(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, wd, w2, *saved = ctx.saved_tensors
         x, *saved = map(_nhwc, (x, *saved))
-        _, _, need_x, need_w1, need_wd, need_w2, *need = ctx.needs_input_grad
+        need_x, need_w1, need_wd, need_w2, *need = ctx.needs_input_grad[4:]
         affine = [need[i] or need[i + 1] for i in (0, 5, 10)]
         needs = [need_x, need_w1, affine[0], need_wd, affine[1], need_w2, affine[2]]
         dy = grads[0].contiguous(memory_format=torch.channels_last)  # autograd's to choose: sum() sends one number
@@ -201,7 +230,7 @@ class _InvertedResidual(torch.autograd.Function):
                     norms[first + i] = pair[i].to(ctx.types[first + i])
         front = (found.x, found.w1, found.wd, found.w2)
         asked = (need_x, need_w1, need_wd, need_w2)
-        return None, None, *(g if n else None for g, n in zip(front, asked, strict=True)), *norms
+        return None, None, None, None, *(g if n else None for g, n in zip(front, asked, strict=True)), *norms
 
 
 def _nhwc(tensor: Tensor) -> Tensor:
@@ -224,9 +253,10 @@ def unsupported(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor) -> str | N
         return f"x: {problem}"
     if x.shape[0] * x.shape[2] * x.shape[3] >= 2**31:
         return f"x: expected fewer than 2^31 pixels, got shape {tuple(x.shape)}"
-    for name, channels, most in (("x", x.shape[1], MAX_IN), ("project_weight", w2.shape[0], MAX_OUT)):
-        if channels > most and (w1 is not None or name != "x"):
-            return f"{name}: expected at most {most} channels, got {channels}"
+    if w1 is not None and x.shape[1] > MAX_IN:
+        return f"x: expected at most {MAX_IN} channels, got {x.shape[1]}"
+    if w2.shape[0] > MAX_OUT:
+        return f"project_weight: expected at most {MAX_OUT} channels, got {w2.shape[0]}"
     if wd.shape[2:] != (3, 3):
         return f"depthwise_weight: expected a kernel of 3 x 3, got {wd.shape[2]} x {wd.shape[3]}"
     for name, weight in (("expand_weight", w1), ("depthwise_weight", wd), ("project_weight", w2)):
@@ -265,7 +295,8 @@ def inverted_residual(
 ) -> Tensor:
     """Inverted residual in training: expand 1x1, depthwise 3x3, project 1x1, each with BatchNorm, ReLU6 between.
 
-    Nothing of c_mid channels is written but D, the depthwise convolution's output. Differentiable once.
+    Forward, nothing of c_mid channels is written but D, the depthwise convolution's output; backward, where c_in is
+    more than 32, a gradient of them. Differentiable once.
 
     Args:
         x: ``[N, c_in, H, W]`` in channels_last; fp16, bf16 or fp32. Under autocast it is cast to autocast's type.
@@ -296,9 +327,9 @@ def inverted_residual(
     NaN: the kernels' clamp makes an expanded or depthwise value of NaN 0, where torch's keeps it.
 
     Raises:
-        TypeError: x or a weight is not floating-point.
+        TypeError: an argument is of another type, or x or a weight not floating-point.
         ValueError: shapes, layout, stride, residual or padding make no such block, a norm over the batch has one number
-            of each channel, or ``backend="triton"`` can't run it; the message names the argument.
+            of each channel, or ``backend="triton"`` can't run it; both messages name the argument.
         NotImplementedError: a gradient of a gradient is asked for.
 
     ``torch.func``'s transforms want ``backend="torch"``.
@@ -309,7 +340,7 @@ def inverted_residual(
     common.check_choice("backend", backend, common.BACKENDS)
     common.check_choice("save", save, SAVES)
     norms = (expand_norm, depthwise_norm, project_norm)
-    _check(x, expand_weight, depthwise_weight, project_weight, norms, stride, residual, padding)
+    check_block(x, expand_weight, depthwise_weight, project_weight, norms, stride, residual, padding)
     dtype = common.autocast_dtype(x)
     x = x if dtype is None else x.to(dtype)
     if why_torch(x, expand_weight, depthwise_weight, project_weight, backend) is not None:
@@ -338,66 +369,6 @@ def inverted_residual(
         [float(norm.eps) for norm in there],
         *(norm.group if norm.batch_stats else "" for norm in there),
     )
-    tensors = [tensor for norm in there for tensor in norm[:5]]
-    return _InvertedResidual.apply(save, how, x, expand_weight, depthwise_weight, project_weight, *tensors)
-
-
-def _check(
-    x: Tensor,
-    w1: Tensor | None,
-    wd: Tensor,
-    w2: Tensor,
-    norms: tuple[BatchNorm | None, BatchNorm, BatchNorm],
-    stride: int,
-    residual: bool,
-    padding: str,
-) -> None:
-    """Raise where no backend could run."""
-    common.check_nhwc("x", x)
-    common.check_padding(padding)
-    common.check_stride(stride)
-    if (w1 is None) != (norms[0] is None):
-        raise ValueError("expand_weight, expand_norm: expected both or neither, got one of them")
-    c_in, c_mid, c_out = x.shape[1], wd.shape[0], w2.shape[0]
-    shapes = {"depthwise_weight": (wd, (c_mid, 1, *wd.shape[2:])), "project_weight": (w2, (c_out, c_mid, 1, 1))}
-    if w1 is not None:
-        shapes["expand_weight"] = (w1, (c_mid, c_in, 1, 1))
-    elif c_mid != c_in:
-        raise ValueError(f"depthwise_weight: expected x's {c_in} channels where nothing expands, got {c_mid}")
-    for name, (weight, shape) in shapes.items():
-        if not weight.is_floating_point() or (weight.dtype != x.dtype and common.autocast_dtype(x) is None):
-            raise TypeError(f"{name}: expected x's type {x.dtype} (or autocast), got {weight.dtype}")
-        if tuple(weight.shape) != shape:
-            raise ValueError(f"{name}: expected {list(shape)} beside x {tuple(x.shape)}, got {tuple(weight.shape)}")
-        if weight.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}, got {weight.device}")
-    common.check_residual(residual, stride, c_in, c_out)
-    for name, norm, channels in (
-        ("expand", norms[0], c_mid),
-        ("depthwise", norms[1], c_mid),
-        ("project", norms[2], c_out),
-    ):
-        _check_norm(f"{name}_norm", norm, channels, x.device)
-    N, _, H, W = x.shape
-    outputs = N * cdiv(H, stride) * cdiv(W, stride)
-    for name, norm, numbers in zip(
-        ("expand", "depthwise", "project"), norms, (N * H * W, outputs, outputs), strict=True
-    ):
-        if norm is not None and norm.batch_stats and not norm.group and numbers == 1:
-            raise ValueError(f"{name}_norm: expected more than one number a channel to take statistics of, got one")
-
-
-def _check_norm(name: str, norm: BatchNorm | None, channels: int, device: torch.device) -> None:
-    """Raise unless each tensor of ``norm`` has a number for each of its channels."""
-    if norm is None:
-        return
-    for field in ("weight", "bias", "running_mean", "running_var"):
-        tensor = getattr(norm, field)
-        if tensor is None:
-            if not norm.batch_stats and field.startswith("running"):
-                raise ValueError(f"{name}: expected {field} where the batch's statistics aren't taken, got None")
-        elif tensor.shape != (channels,) or not tensor.is_contiguous() or not tensor.is_floating_point():
-            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-            raise ValueError(f"{name}: expected {field} as {channels} contiguous floating-point numbers, got {got}")
-        elif tensor.device != device:
-            raise ValueError(f"{name}: expected {field} on x's device {device}, got {tensor.device}")
+    kept, running, tracked = _split(there)
+    weights = (expand_weight, depthwise_weight, project_weight)
+    return _InvertedResidual.apply(save, running, tracked, how, x, *weights, *kept)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from numerics import Calls, GuardedMemory, assert_parity
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels import BatchNorm, common, inverted_residual, reference
@@ -222,6 +223,15 @@ def test_every_block_of_the_network(case, dtype, device, guarded):
     assert_block(case, dtype, device, guarded)
 
 
+class RecordedForward(TorchDispatchMode):
+    """Inside, ``arguments`` are those of the last block's forward."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.mnv2.inverted_residual_fwd.default:
+            self.arguments = args
+        return func(*args, **(kwargs or {}))
+
+
 def block(**changes: Any) -> tuple[Module, Tensor, Tensor]:
     """A small block with inputs in fp32."""
     case = Case("", **{**{"N": 2, "H": 5, "W": 6, "c_in": 8, "ratio": 3, "c_out": 8, "residual": True}, **changes})
@@ -404,6 +414,43 @@ def test_compiles_whole(device):
         torch.testing.assert_close(got_buffers[f"_orig_mod.{name}"], buffer)
 
 
+def test_the_forward_as_torch_sees_it(device):
+    module, x, _ = block(frozen=(True, False, False))
+    with RecordedForward() as recorded:
+        module.to(device).requires_grad_(False)(x.to(device), backend="triton")
+    torch.library.opcheck(torch.ops.mnv2.inverted_residual_fwd, recorded.arguments)
+
+
+def test_exports(device):
+    module, x, _ = block(frozen=(False, True, False))
+    module, x = module.to(device), x.to(device)
+    keywords = {"backend": "triton"}
+    program = torch.export.export(deepcopy(module), (x,), keywords).run_decompositions().module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(x, **keywords), module(x, **keywords))
+    for name, buffer in program.named_buffers():
+        torch.testing.assert_close(buffer, module.get_buffer(name))
+
+
+def test_only_statistics_that_change_are_marked_as_changed(device):
+    module, x, _ = block(frozen=(True, False, True))
+    module, x = module.to(device), x.to(device)
+    before = {name: buffer._version for name, buffer in module.named_buffers()}
+    module(x, backend="triton")
+    changed = {name for name, buffer in module.named_buffers() if buffer._version != before[name]}
+    assert changed == {f"depthwise_norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+
+
+@pytest.mark.parametrize("backends", ["torch triton", "triton torch"])
+def test_both_paths_over_the_same_frozen_norms_in_one_graph(backends, device):
+    module, x, dy = block(frozen=(True, True, True))
+    module, x, dy = module.to(device), x.to(device), dy.to(device)
+    _, grads, _ = results(deepcopy(module), x, dy, backend="torch")
+    x = x.requires_grad_()
+    sum(module(x, backend=backend) for backend in backends.split()).backward(dy)
+    torch.testing.assert_close(x.grad, 2 * grads["x"], rtol=1e-4, atol=1e-4)
+
+
 def test_evaluation_takes_no_statistics(device, launches):
     module, x, _ = block()
     module = module.to(device).eval()
@@ -451,18 +498,61 @@ def test_norms_of_other_channels_are_refused():
         ({"save": "P"}, ValueError, "save: expected one of"),
         ({"backend": "cuda"}, ValueError, "backend: expected one of"),
         ({"stride": 3}, ValueError, "stride: expected 1 or 2, got 3"),
+        ({"stride": 1.0}, ValueError, "stride: expected 1 or 2, got 1.0"),
+        ({"stride": True}, ValueError, "stride: expected 1 or 2, got True"),
         ({"stride": 2}, ValueError, "residual: expected stride 1"),
+        ({"residual": "no"}, TypeError, "residual: expected True or False, got 'no'"),
         ({"padding": "valid"}, ValueError, "padding: expected one of"),
         ({"x": torch.randn(2, 8, 5, 6)}, ValueError, "x: expected channels_last memory"),
         ({"x": nhwc(torch.randn(2, 9, 5, 6))}, ValueError, r"expand_weight: expected \[24, 9, 1, 1\]"),
         ({"x": nhwc(torch.randn(2, 8, 5, 6)).half()}, TypeError, "depthwise_weight: expected x's type torch.float16"),
         ({"expand_norm": None}, ValueError, "expand_weight, expand_norm: expected both or neither"),
+        ({"expand_weight": torch.randn(24)}, ValueError, r"expand_weight: expected 4 dimensions .* shape \(24,\)"),
+        ({"depthwise_weight": None}, TypeError, "depthwise_weight: expected a tensor, got NoneType"),
+        ({"depthwise_weight": torch.randn(24, 9)}, ValueError, r"depthwise_weight: expected 4 .* shape \(24, 9\)"),
+        ({"depthwise_weight": torch.randn(24, 1, 2, 2)}, ValueError, r"depthwise_weight: expected \[24, 1, 3, 3\]"),
         ({"project_weight": torch.randn(8, 25, 1, 1)}, ValueError, r"project_weight: expected \[8, 24, 1, 1\]"),
+        ({"project_weight": torch.tensor(1.0)}, ValueError, r"project_weight: expected 4 dimensions .* shape \(\)"),
+        ({"project_weight": torch.randn(0, 24, 1, 1)}, ValueError, "project_weight: expected .* of at least 1"),
         ({"x": nhwc(torch.randn(1, 8, 1, 1))}, ValueError, "expand_norm: expected more than one number a channel"),
     ],
     ids=lambda value: str(list(value)) if isinstance(value, dict) else "",
 )
 def test_bad_arguments_are_named(change, error, message):
+    assert_refused(change, error, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (None, TypeError, "expected a kernels.BatchNorm .*, got NoneType"),
+        (nn.BatchNorm2d(24), TypeError, "expected a kernels.BatchNorm .*, got BatchNorm2d"),
+        ({"weight": 1.0}, TypeError, "expected weight as a tensor or None, got float"),
+        ({"bias": torch.zeros(24, device="meta")}, ValueError, "expected bias on x's device cpu, got meta"),
+        ({"running_var": None}, ValueError, "expected both running_mean and running_var or neither"),
+        ({"running_var": None, "batch_stats": False}, ValueError, "expected running_var where the batch's"),
+        ({"running_mean": torch.zeros(24).requires_grad_()}, ValueError, "expected running_mean without a gradient"),
+        ({"num_batches_tracked": 1}, TypeError, "expected num_batches_tracked as a tensor or None, got int"),
+        ({"num_batches_tracked": torch.tensor(1.0)}, ValueError, "expected num_batches_tracked as one number of"),
+        ({"num_batches_tracked": torch.zeros(2).long()}, ValueError, r"got torch.int64 of shape \(2,\)"),
+        ({"num_batches_tracked": torch.tensor(1, device="meta")}, ValueError, "x's device cpu, got meta"),
+        ({"batch_stats": 1}, TypeError, "expected batch_stats as True or False, got 1"),
+        ({"momentum": "a"}, TypeError, "expected momentum as a number or None, got 'a'"),
+        ({"momentum": float("nan")}, ValueError, "expected momentum from 0 to 1, got nan"),
+        ({"eps": None}, TypeError, "expected eps as a number, got None"),
+        ({"eps": -1}, ValueError, "expected a positive eps, got -1"),
+        ({"group": None}, TypeError, "expected group as a name, got None"),
+    ],
+    ids=lambda value: str(list(value)) if isinstance(value, dict) else "",
+)
+def test_bad_norms_are_named(change, error, message):
+    norm = block()[0].norm(nn.BatchNorm2d(24))
+    norm = norm._replace(**change) if isinstance(change, dict) else change
+    assert_refused({"depthwise_norm": norm}, error, f"depthwise_norm: .*{message}")
+
+
+def assert_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Both backends refuse a block whose arguments are changed so, before anything is counted or updated."""
     module, x, _ = block()
     arguments = {
         "x": x,
@@ -475,8 +565,10 @@ def test_bad_arguments_are_named(change, error, message):
         "stride": 1,
         "residual": True,
     }
-    with pytest.raises(error, match=message):
-        inverted_residual(**{**arguments, **change})
+    for backend in ("torch", "triton"):
+        with pytest.raises(error, match=f"^{message}"):
+            inverted_residual(**{"backend": backend, **arguments, **change})
+    assert not any(norm.num_batches_tracked for norm in module.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
 def test_what_the_kernels_cant_run_is_torchs(device):
