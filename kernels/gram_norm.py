@@ -154,7 +154,7 @@ def normalise_gram_launch(gram: Tensor, weight: Tensor, norm: BatchNorm, stats: 
         BLOCK_E=block_e,
         BLOCK_C=block_c,
     )
-    return Launch(_normalise_gram_kernel, (cdiv(c_mid, block_e),), arguments, num_warps=4)
+    return Launch(_normalise_gram_kernel, (cdiv(c_mid, block_e),), arguments, num_warps=4, spill_bytes=8)
 
 
 def normalise_gram_bytes(gram: Tensor, weight: Tensor, norm: BatchNorm, stats: Tensor, kappa: Tensor) -> Traffic:

@@ -217,8 +217,9 @@ def project_launch(
     """
     N, c_mid, H, W = d.shape
     M, c_out = N * H * W, p.shape[1]
-    tile = tile or training_tiles.project_tile(c_out)
-    TILES = training_tiles.pixel_tiles(cdiv(M, tile.BLOCK_M), 1, tile.num_warps, common.limits(d.device).processors)
+    limits = common.limits(d.device)
+    tile = tile or training_tiles.project_tile(c_out, d.element_size(), limits)
+    TILES = training_tiles.pixel_tiles(cdiv(M, tile.BLOCK_M), 1, tile.num_warps, limits.processors)
     programs = cdiv(cdiv(M, tile.BLOCK_M), TILES)
     arguments = dict(
         d_ptr=d,

@@ -77,9 +77,13 @@ def expand_tile(c_mid: int, stride: int, W_out: int, element_size: int) -> Expan
         tile = ExpandTile(COLUMNS, 8, 4, 64, 2 if COLUMNS == 4 else 1, num_warps=4)
     elif c_mid % 32 == 0:
         tile = ExpandTile(4, 4, 4, 32, 2, num_warps=2)
+    elif element_size == 4:
+        tile = ExpandTile(4, 4, 4, 16, 1, num_warps=1, num_stages=1)
+    elif c_mid > 192:  # c_in of more than 32: the factors of two rows a step would not fit
+        tile = ExpandTile(4, 8, 4, 16, 1, num_warps=1)
     else:
         tile = ExpandTile(4, 8, 4, 16, 2, num_warps=1, num_stages=1)
-    return tile._replace(spill_bytes=(352 if broad else 128) * (element_size // 2))
+    return tile._replace(spill_bytes=(440 if broad else 128) * (element_size // 2))
 
 
 THIN = 32  # c_in up to which pass B2 makes T and S itself; with more it stores dZ1
@@ -104,11 +108,11 @@ def expand_grad_tile(
         COLUMNS = 2 if 128 < c_mid < 256 else 4
         tile = ExpandGradTile(COLUMNS, 4, BLOCK_E, 2 if COLUMNS == 2 else 1, num_warps, spill_bytes=256)
     elif W_out <= 8 and c_in > THIN and BLOCK_E == 64:
-        tile = ExpandGradTile(8, 4, BLOCK_E, 1, num_warps, spill_bytes=704)
+        tile = ExpandGradTile(8, 4, BLOCK_E, 1, num_warps, spill_bytes=752)
     elif c_in > THIN and expands:
         tile = ExpandGradTile(4, 4, BLOCK_E, 1, num_warps, spill_bytes=344 if BLOCK_E == 64 else 704)
     else:
-        tile = ExpandGradTile(4, 2, BLOCK_E, 1 if expands else 2, num_warps, spill_bytes=256)
+        tile = ExpandGradTile(4, 2, BLOCK_E, 1 if expands else 2, num_warps, spill_bytes=296)
     if element_size == 4:  # twice the shared memory for factors
         block_e, warps, columns = min(BLOCK_E, 32), min(num_warps, 2), min(tile.COLUMNS, 4)
         tile = tile._replace(COLUMNS=columns, BLOCK_E=block_e, num_warps=warps, num_stages=1, spill_bytes=2816)
@@ -153,7 +157,7 @@ INPUT_GRAD_SINGLE = GradTile(64, 32, 16, num_warps=4, num_stages=2)  # fp32: IEE
 # a time, in fp64 (Triton's product of fp64 matrices doesn't compile where weights are in half precision); M by BLOCK_N
 # columns, over c_mid.
 WEIGHT_GRAD = GradTile(4, 0, 16, num_warps=8, num_stages=1, spill_bytes=16)
-PULL_BACK = GradTile(0, 16, 64, num_warps=8, num_stages=1)
+PULL_BACK = GradTile(0, 16, 64, num_warps=8, num_stages=1, spill_bytes=8)
 
 
 def weight_grad_tile(c_in: int) -> GradTile:
@@ -197,11 +201,17 @@ class ProjectGradTile(NamedTuple):
     spill_bytes: int = 0
 
 
-def project_tile(c_out: int) -> ProjectTile:
-    """Tile of pass P3: as many pixels as leave registers beside their sums of all of c_out."""
+def project_tile(c_out: int, element_size: int, limits: Limits) -> ProjectTile:
+    """Tile of pass P3: as many pixels as leave registers beside their sums of all of c_out.
+
+    Sums in tensor memory come to registers whole for the moments, and by other instructions take more of them.
+    """
     BLOCK_O = max(16, min(64, 1 << (c_out - 1).bit_length()))
     BLOCK_M = 128 if c_out <= 128 else 64 if c_out <= 192 else 32
-    return ProjectTile(BLOCK_M, BLOCK_O, 32, num_warps=4, num_stages=3, spill_bytes=176)
+    if limits.tensor_memory and c_out > 64:
+        BLOCK_M, BLOCK_O = (64, 32) if c_out <= 96 else (32, 64)
+    spill_bytes = 424 if element_size == 4 else 176
+    return ProjectTile(BLOCK_M, BLOCK_O, 32, num_warps=4, num_stages=3, spill_bytes=spill_bytes)
 
 
 def project_grad_tile(c_mid: int, c_out: int, element_size: int) -> ProjectGradTile:
@@ -209,10 +219,10 @@ def project_grad_tile(c_mid: int, c_out: int, element_size: int) -> ProjectGradT
     if element_size == 4:  # twice the registers for factors, and twice the shared memory
         return ProjectGradTile(16, 16, num_warps=1, num_stages=1, spill_bytes=416)
     if c_out > 320:  # sums of dW2 [BLOCK_E, c_out] in registers
-        return ProjectGradTile(32, 32, num_warps=4, spill_bytes=416)
+        return ProjectGradTile(32, 32, num_warps=4, spill_bytes=704)
     if (c_mid % 64 == 0 and c_mid > 64) or c_mid >= 256:
         return ProjectGradTile(64 if c_out <= 160 else 32, 64, num_warps=4, spill_bytes=416)
-    return ProjectGradTile(64, 16, num_warps=1, spill_bytes=16)
+    return ProjectGradTile(64, 16, num_warps=1, spill_bytes=104)
 
 
 def pixel_tiles(tiles: int, side: int, num_warps: int, processors: int, *, most: int | None = None) -> int:
