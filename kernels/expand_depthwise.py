@@ -108,6 +108,56 @@ def _below(ptrs, rows: tl.constexpr, walk: tl.constexpr):
 
 
 @triton.jit
+def _store_row(
+    rows,
+    taps,
+    mean,
+    s1,
+    second,
+    begins,
+    d_ptrs,
+    inside,
+    own_columns,
+    mask_e,
+    walk: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    MAY_BEGIN: tl.constexpr,
+):
+    """Store a row of D, and add its numbers and their squares, less the mean, to ``s1`` and ``second``.
+
+    The mean is the first number itself where the walk ``begins``. Returned are the mean and both sums.
+    """
+    there, x = inside
+    WIDE_OUT: tl.constexpr = walk.WIDE_OUT
+    for b in tl.static_range(walk.COLUMNS // WIDE_OUT):
+        row = ()
+        for j in tl.static_range(WIDE_OUT):
+            d = _convolved(rows, taps, -mean if MOMENTS else mean, b * WIDE_OUT + j, walk)
+            if MOMENTS:
+                if MAY_BEGIN and b + j == 0:
+                    mean = tl.where(begins, d, mean)
+                    d = tl.where(begins, 0.0, d)
+                row = row + (d + mean,)
+                if _outside(b * WIDE_OUT + j, 1, walk):
+                    d = tl.where((b * WIDE_OUT + j < own_columns)[None, :], d, 0.0)
+                s1 += d
+                second = tl.fma(d, d, second)
+            else:
+                row = row + (d,)
+        tile = joined(row, WIDE_OUT, walk.BLOCK_E, walk.BLOCK_S).to(d_ptrs.dtype.element_ty)
+        ptrs = d_ptrs + b * WIDE_OUT * walk.c_mid
+        store_masked(
+            ptrs,
+            tile,
+            mask_e,
+            there & (x + b * WIDE_OUT < walk.W_out),
+            walk.mask_e,
+            _outside(b * WIDE_OUT, WIDE_OUT, walk),
+        )
+    return mean, s1, second
+
+
+@triton.jit
 def _store_strip_moments(partials_ptr, program, counts, mean, second, offs_e, mask_e, c_mid: tl.constexpr):
     """The program's record of moments from those of its strips, which have ``counts`` numbers of each channel."""
     count = tl.sum(counts)
@@ -132,7 +182,6 @@ def _expand_depthwise_kernel(
 ):
     # Row y of D comes from rows y stride - pad_h + {0, 1, 2} of A, of which the first is known from the last step.
     UNROLL: tl.constexpr = walk.UNROLL
-    WIDE_OUT: tl.constexpr = walk.WIDE_OUT
     pid = tl.program_id(0)
     y0 = (pid % chunks) * ROWS  # neighbours in the grid share the halo's rows in L2
     y1 = tl.minimum(y0 + ROWS, walk.H_out)
@@ -147,7 +196,7 @@ def _expand_depthwise_kernel(
     column = tl.arange(0, walk.WIDE_OUT * walk.BLOCK_S) // walk.BLOCK_S
     n, x_out, there = strip_columns(first, strips, column, walk.COLUMNS, walk)
     pixel = ((n * walk.H_out + y0) * walk.W_out + x_out).to(tl.int64)
-    d_ptrs = d_ptr + pixel[None, :] * walk.c_mid + offs_e[:, None]
+    d_ptrs, inside_d = d_ptr + pixel[None, :] * walk.c_mid + offs_e[:, None], (there, x_out)
     expansion = load_expansion(w1_ptr, stats_ptr, offs_e, mask_e, offs_k, dtype, walk)
     taps = load_taps(wd_ptr, offs_e, mask_e, 6.0 if walk.expands else 1.0, walk)
     strip = first + tl.arange(0, walk.BLOCK_S)
@@ -181,25 +230,10 @@ def _expand_depthwise_kernel(
             r2 = _activated_row(ptrs, below, inside, expansion, walk, CHECK)
             if walk.stride == 2:
                 ptrs = _below(ptrs, 1, walk)
-            for b in tl.static_range(walk.COLUMNS // WIDE_OUT):
-                row = ()
-                for j in tl.static_range(WIDE_OUT):
-                    d = _convolved((r0, middle, r2), taps, -mean if MOMENTS else mean, b * WIDE_OUT + j, walk)
-                    if MOMENTS:
-                        if u + b + j == 0:
-                            mean = tl.where(step == 0, d, mean)
-                            d = tl.where(step == 0, 0.0, d)
-                        row = row + (d + mean,)
-                        if _outside(b * WIDE_OUT + j, 1, walk):
-                            d = tl.where((b * WIDE_OUT + j < own_columns)[None, :], d, 0.0)
-                        s1 += d
-                        second = tl.fma(d, d, second)
-                    else:
-                        row = row + (d,)
-                tile = joined(row, WIDE_OUT, walk.BLOCK_E, walk.BLOCK_S).to(dtype)
-                at = d_ptrs + b * WIDE_OUT * walk.c_mid
-                inside_d = there & (x_out + b * WIDE_OUT < walk.W_out)
-                store_masked(at, tile, mask_e, inside_d, walk.mask_e, _outside(b * WIDE_OUT, WIDE_OUT, walk))
+            rows = (r0, middle, r2)
+            mean, s1, second = _store_row(
+                rows, taps, mean, s1, second, step == 0, d_ptrs, inside_d, own_columns, mask_e, walk, MOMENTS, u == 0
+            )
             d_ptrs += walk.W_out * walk.c_mid
             if walk.stride == 1:
                 r0 = middle

@@ -103,7 +103,7 @@ def _load_projection(w2_ptr, stats2_ptr, coefs2_ptr, offs_e, mask_e, offs_o, dty
 
 @triton.jit
 def _depthwise_out_grad(ptrs, inside, row, projection, walk: tl.constexpr, n: tl.constexpr, CHECK: tl.constexpr):
-    """DD of n columns, 0 where they are outside the image or ``row`` is 0, as a tuple of tiles."""
+    """A tuple of tiles: dD of n columns, 0 where they are outside the image or ``row`` is 0."""
     d_ptrs, dp_ptrs = ptrs
     w2, scale, shift, cb, cc, eye, offs_o, mask_e = projection
     PIXELS: tl.constexpr = n * walk.BLOCK_S
@@ -142,7 +142,7 @@ def _moved(ptrs, pixels, walk: tl.constexpr):
 
 @triton.jit
 def _transposed(a, rows, taps, sums, py: tl.constexpr, c: tl.constexpr, walk: tl.constexpr):
-    """DA of a pixel, and the nine sums of A times dD with its own share."""
+    """What a pixel has of dA, and the nine sums of A times dD with its own share."""
     da = tl.zeros(a.shape, tl.float32)
     for ky in tl.static_range(3):
         for kx in tl.static_range(3):
@@ -166,7 +166,7 @@ def _expanded_grad(
     first: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """DZ1 (without an expansion dA) of WIDE columns of X from ``first`` on, and the sums for dWd with their share."""
+    """For WIDE columns of X from ``first`` on dZ1 (without an expansion dA), and the sums for dWd with their share."""
     WIDE: tl.constexpr = walk.WIDE
     wide = activation(ptrs, inside, inside, None, expansion, walk, WIDE, CHECK, CHECK)
     a = parted(wide, WIDE, walk.BLOCK_E, walk.BLOCK_S)

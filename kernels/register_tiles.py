@@ -155,7 +155,7 @@ def load_weight(
     n: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """N tiles [BLOCK_E, BLOCK] of a matrix, side by side along C, as they are in memory; 0 outside."""
+    """A tuple of n tiles [BLOCK_E, BLOCK] of a matrix, side by side along C, as they are in memory; 0 outside."""
     tiles = ()
     for k in tl.static_range(n):
         offs = k * BLOCK + offs_c
