@@ -202,7 +202,7 @@ def dot_precision(x: Tensor) -> str:
 
 
 def multiplies_tf32(x: Tensor) -> bool:
-    """Whether products of ``x`` round it to TF32."""
+    """Whether products of ``x`` are TF32's: in fp32, of ten bits behind the leading one."""
     return x.dtype == torch.float32 and dot_precision(x) == "tf32"
 
 

@@ -29,7 +29,7 @@ from . import common, training_tiles
 from .common import Launch, Traffic, cdiv, covered
 from .partials import store_moments
 from .register_tiles import joined, operand_bytes, parted, store_masked, surplus_again, zeros
-from .training_tiles import ExpandTile
+from .training_tiles import WalkTile
 from .walks import Walk, activation, load_expansion, load_taps, strip_columns, walk_of
 
 
@@ -259,7 +259,7 @@ def expand_depthwise_launch(
     padding: str,
     *,
     moments: bool,
-    tile: ExpandTile | None = None,
+    tile: WalkTile | None = None,
 ) -> Launch:
     """Make ``d [N, c_mid, H_out, W_out]`` of ``x [N, c_in, H, W]``.
 
@@ -270,7 +270,7 @@ def expand_depthwise_launch(
     """
     c_mid, H_out, W_out = d.shape[1:]
     tile = (tile or training_tiles.expand_tile(c_mid, stride, W_out, x.element_size())).fitted(H_out)
-    walk = walk_of(x, c_mid, 0, stride, padding, tile, expands=w1 is not None, WIDE_OUT=tile.WIDE_OUT)
+    walk = walk_of(x, c_mid, 0, stride, padding, tile, expands=w1 is not None)
     strips, blocks_e = len(x) * walk.per_image, cdiv(c_mid, tile.BLOCK_E)
     groups = cdiv(strips, tile.BLOCK_S)
     ROWS = training_tiles.walk_rows(H_out, groups * blocks_e, tile, common.limits(x.device).processors)

@@ -50,7 +50,7 @@ from .register_tiles import (
     surplus_again,
     zeros,
 )
-from .training_tiles import ExpandGradTile
+from .training_tiles import WalkTile
 from .walks import Walk, activation, load_expansion, load_taps, strip_columns, walk_of
 
 ASSEMBLY = not common.INTERPRETED  # which nothing that interprets a kernel can run
@@ -385,7 +385,7 @@ def expand_depthwise_grads_launch(
     stride: int,
     padding: str,
     *,
-    tile: ExpandGradTile | None = None,
+    tile: WalkTile | None = None,
 ) -> Launch:
     """Walk back from ``dp [N, c_out, H_out, W_out]`` and ``d [N, c_mid, H_out, W_out]`` to ``x [N, c_in, H, W]``.
 

@@ -8,31 +8,11 @@ from .common import Limits, cdiv
 from .tiles import MIN_ROWS, WARPS_PER_PROCESSOR, WARPS_TO_FILL, ProjectTile
 
 
-class ExpandTile(NamedTuple):
-    """BLOCK_S strips of COLUMNS columns by BLOCK_E channels a program, for pass P2.
+class WalkTile(NamedTuple):
+    """BLOCK_S strips of COLUMNS columns of D by BLOCK_E channels a program, for passes P2 and B2.
 
-    WIDE columns of X and WIDE_OUT of D are loaded, multiplied and stored at once; UNROLL rows are one step.
-    """
-
-    COLUMNS: int
-    WIDE: int
-    WIDE_OUT: int
-    BLOCK_E: int
-    UNROLL: int
-    num_warps: int
-    num_stages: int = 2
-    spill_bytes: int = 0
-    BLOCK_S: int = 8
-
-    def fitted(self, H_out: int) -> ExpandTile:
-        """The same for images of ``H_out`` rows, which two rows a step must divide."""
-        return self if H_out % self.UNROLL == 0 else self._replace(UNROLL=1)
-
-
-class ExpandGradTile(NamedTuple):
-    """BLOCK_S strips of COLUMNS columns of D by BLOCK_E channels a program, for pass B2.
-
-    WIDE columns of X are loaded, multiplied and stored at once; UNROLL rows are one step.
+    WIDE columns of X are loaded and multiplied at once, and stored in B2; P2 stores WIDE_OUT of D. UNROLL rows are one
+    step.
     """
 
     COLUMNS: int
@@ -43,8 +23,9 @@ class ExpandGradTile(NamedTuple):
     num_stages: int = 2
     spill_bytes: int = 0
     BLOCK_S: int = 8
+    WIDE_OUT: int = 0
 
-    def fitted(self, H_out: int) -> ExpandGradTile:
+    def fitted(self, H_out: int) -> WalkTile:
         """The same for images of ``H_out`` rows, which two rows a step must divide."""
         return self if H_out % self.UNROLL == 0 else self._replace(UNROLL=1)
 
@@ -54,7 +35,7 @@ class ExpandGradTile(NamedTuple):
 WALKING_WARPS = 5  # a processor: 8 could reside at 255 registers, but a shorter walk reads and leaves more
 
 
-def walk_rows(rows: int, programs: int, tile: ExpandTile | ExpandGradTile, processors: int) -> int:
+def walk_rows(rows: int, programs: int, tile: WalkTile, processors: int) -> int:
     """Rows of a walk, as ``depthwise_rows``, a multiple of what the tile does in a step."""
     filling = round(WALKING_WARPS * processors / (max(programs, 1) * tile.num_warps))
     chunks = max(1, min(filling, cdiv(rows, MIN_ROWS)))
@@ -66,24 +47,24 @@ def _widest(W_out: int, *columns: int) -> int:
     return min(columns, key=lambda n: (cdiv(W_out, n) * n, -n))
 
 
-def expand_tile(c_mid: int, stride: int, W_out: int, element_size: int) -> ExpandTile:
+def expand_tile(c_mid: int, stride: int, W_out: int, element_size: int) -> WalkTile:
     """Tile of pass P2. What little spills is invariants of the walk; fp32 takes twice the registers for its factors."""
     broad = (c_mid % 64 == 0 and c_mid > 64) or c_mid >= 256
     if stride == 1:
         COLUMNS = _widest(W_out, 8, 4)
-        tile = ExpandTile(COLUMNS, COLUMNS if broad else 4, 4, 64 if broad else 16, 2, num_warps=4 if broad else 1)
+        tile = WalkTile(COLUMNS, COLUMNS if broad else 4, 64 if broad else 16, 2, num_warps=4 if broad else 1)
     elif broad:
         COLUMNS = 8 if c_mid >= 256 and _widest(W_out, 8, 4) == 8 else 4
-        tile = ExpandTile(COLUMNS, 8, 4, 64, 2 if COLUMNS == 4 else 1, num_warps=4)
+        tile = WalkTile(COLUMNS, 8, 64, 2 if COLUMNS == 4 else 1, num_warps=4)
     elif c_mid % 32 == 0:
-        tile = ExpandTile(4, 4, 4, 32, 2, num_warps=2)
+        tile = WalkTile(4, 4, 32, 2, num_warps=2)
     elif element_size == 4:
-        tile = ExpandTile(4, 4, 4, 16, 1, num_warps=1, num_stages=1)
+        tile = WalkTile(4, 4, 16, 1, num_warps=1, num_stages=1)
     elif c_mid > 192:  # c_in of more than 32: the factors of two rows a step would not fit
-        tile = ExpandTile(4, 8, 4, 16, 1, num_warps=1)
+        tile = WalkTile(4, 8, 16, 1, num_warps=1)
     else:
-        tile = ExpandTile(4, 8, 4, 16, 2, num_warps=1, num_stages=1)
-    return tile._replace(spill_bytes=(440 if broad else 128) * (element_size // 2))
+        tile = WalkTile(4, 8, 16, 2, num_warps=1, num_stages=1)
+    return tile._replace(WIDE_OUT=4, spill_bytes=(440 if broad else 128) * (element_size // 2))
 
 
 THIN = 32  # c_in up to which pass B2 makes T and S itself; with more it stores dZ1
@@ -91,7 +72,7 @@ THIN = 32  # c_in up to which pass B2 makes T and S itself; with more it stores 
 
 def expand_grad_tile(
     c_in: int, c_mid: int, c_out: int, stride: int, W_out: int, element_size: int, limits: Limits, *, expands: bool
-) -> ExpandGradTile:
+) -> WalkTile:
     """Tile of pass B2.
 
     With c_in of at most THIN two warps have 32 channels of c_mid, as four with 64 would add to T together; with more,
@@ -106,13 +87,13 @@ def expand_grad_tile(
         BLOCK_E, num_warps = 64, 4
     if stride == 2:
         COLUMNS = 2 if 128 < c_mid < 256 else 4
-        tile = ExpandGradTile(COLUMNS, 4, BLOCK_E, 2 if COLUMNS == 2 else 1, num_warps, spill_bytes=256)
+        tile = WalkTile(COLUMNS, 4, BLOCK_E, 2 if COLUMNS == 2 else 1, num_warps, spill_bytes=256)
     elif W_out <= 8 and c_in > THIN and BLOCK_E == 64:
-        tile = ExpandGradTile(8, 4, BLOCK_E, 1, num_warps, spill_bytes=752)
+        tile = WalkTile(8, 4, BLOCK_E, 1, num_warps, spill_bytes=752)
     elif c_in > THIN and expands:
-        tile = ExpandGradTile(4, 4, BLOCK_E, 1, num_warps, spill_bytes=344 if BLOCK_E == 64 else 704)
+        tile = WalkTile(4, 4, BLOCK_E, 1, num_warps, spill_bytes=344 if BLOCK_E == 64 else 704)
     else:
-        tile = ExpandGradTile(4, 2, BLOCK_E, 1 if expands else 2, num_warps, spill_bytes=296)
+        tile = WalkTile(4, 2, BLOCK_E, 1 if expands else 2, num_warps, spill_bytes=296)
     if element_size == 4:  # twice the shared memory for factors
         block_e, warps, columns = min(BLOCK_E, 32), min(num_warps, 2), min(tile.COLUMNS, 4)
         tile = tile._replace(COLUMNS=columns, BLOCK_E=block_e, num_warps=warps, num_stages=1, spill_bytes=2816)

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import common, tiles
 from .common import cdiv, front_padding
 from .register_tiles import blocks, identity, load_channels, load_exact, load_weight, product
-from .training_tiles import ExpandGradTile, ExpandTile
+from .training_tiles import WalkTile
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,13 @@ def walk_of(
     c_out: int,
     stride: int,
     padding: str,
-    tile: ExpandTile | ExpandGradTile,
+    tile: WalkTile,
     *,
     expands: bool,
-    WIDE_OUT: int = 0,
 ) -> Walk:
-    """The walk over ``x [N, c_in, H, W]``, by this tile."""
+    """The walk over ``x [N, c_in, H, W]`` by this tile: backward from c_out channels, or forward with a c_out of 0."""
     N, c_in, H, W = x.shape
+    # A program whose last strips are missing must mask them, so the compiler is told whether there is one.
     return Walk(
         H=H,
         W=W,
@@ -121,7 +121,7 @@ def walk_of(
         BLOCK_O=tiles.block_k(c_out) if c_out else 0,
         COLUMNS=tile.COLUMNS,
         WIDE=tile.WIDE,
-        WIDE_OUT=WIDE_OUT,
+        WIDE_OUT=tile.WIDE_OUT,
         UNROLL=tile.UNROLL,
     )
 
