@@ -39,6 +39,7 @@ def assert_parity(
         return
     got64, torchs64, truth = got.detach().cpu().double(), torchs.detach().cpu().double(), truth.detach().cpu()
     assert got64.isfinite().all(), f"{name}: {(~got64.isfinite()).sum()} of {got64.numel()} values are not finite"
+    assert torchs64.isfinite().all(), f"{name}: torch's own result isn't finite, so nothing can be held to it"
     error = (got64 - truth).abs()
     allowed = (torchs64 - truth).abs().max().item() * times
     allowed += torch.finfo(got.dtype).eps * (truth.abs().max().item() if scale is None else scale)

@@ -81,8 +81,10 @@ def check(shape, stride, padding, dtype, device, memory):
     x, weight, dy = map(memory.place, operands(shape, dtype, device, stride))
     got = results(kernels, x, weight, dy, stride, padding)
     truth = results(torchs, x.double(), weight.double(), dy.double(), stride, padding)
-    torch_same_type = results(torchs, x, weight, dy, stride, padding)
-    for name, *values in zip(("y", "dx", "dw"), got, truth, torch_same_type, strict=True):
+    # In fp32 and then rounded, as cuDNN: on a CPU torch's weight gradient in bf16 reads memory that nobody wrote where
+    # an image is lower or narrower than the taps.
+    rounded = (result.to(dtype) for result in results(torchs, x.float(), weight.float(), dy.float(), stride, padding))
+    for name, *values in zip(("y", "dx", "dw"), got, truth, rounded, strict=True):
         assert_parity(name, *values)
     assert got[0].is_contiguous(memory_format=torch.channels_last)
     assert got[1].is_contiguous(memory_format=torch.channels_last)

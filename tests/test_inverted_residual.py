@@ -145,7 +145,6 @@ def assert_block(case: Case, dtype: torch.dtype, device: torch.device, memory: A
     module = Module(case, dtype).to(device)
     x, dy = (memory.place(nhwc(tensor.to(device))) for tensor in inputs(case, dtype))
     got = results(deepcopy(module), x, dy, backend="triton", save=case.save)
-    module, x, dy = deepcopy(module).cpu(), x.cpu(), dy.cpu()
     exact = results(deepcopy(module).double(), x.double(), dy.double())
     orders = [torch.arange(case.N), torch.arange(case.N).flip(0), torch.randperm(case.N), torch.arange(case.N).roll(1)]
     torchs = []
