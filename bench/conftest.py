@@ -1,60 +1,59 @@
-"""What all benchmarks share: where results go, and what is written beside them."""
+"""What all benchmarks share: where results go, and the rounds that pytest-benchmark reports."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from mnv2.logs import versions
-
-RESULTS = Path(__file__).resolve().parent / "results"
+from bench import results, timing
 
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="write the figures to bench/results/")
-
-
-def surroundings() -> dict[str, Any]:
-    """Command, commit, versions and device of this run."""
-    commit, changes = (
-        subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent.parent).stdout.strip()
-        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", ".", ":!bench/results"))
-    )
-    return {
-        "command": shlex.join(["pytest", *sys.argv[1:]]),
-        "commit": commit + ("-dirty" if changes else ""),
-        "versions": versions("pillow"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-        "cores": len(os.sched_getaffinity(0)),
-    }
-
-
-def processor() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+    parser.addoption("--record-to", metavar="DIR", help="write the figures to DIR")
 
 
 @pytest.fixture
 def record(request) -> Callable[[str, dict[str, Any]], None]:
-    """Print a row of figures, and with --record put it into ``bench/results/NAME.json``."""
+    """Print a row of figures and its ratios; with --record put it into ``bench/results/SUITE.json``."""
 
-    def write(name: str, row: dict[str, Any]) -> None:
-        print(f"\n{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
-        if not request.config.getoption("--record"):
-            return
-        path = RESULTS / f"{name}.json"
-        rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        rows = [old for old in rows if old["case"] != row["case"]] + [{**row, **surroundings()}]
-        path.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+    def write(suite: str, row: dict[str, Any]) -> None:
+        figures = {name: value for name, value in row.items() if name != "ratios"}
+        print(f"\n{suite}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+        for ratio in row.get("ratios", []):
+            print("  {name}: ours {ours:g}, theirs {theirs:g} {unit}, ratio {ratio:g}".format(**ratio))
+        folder = request.config.getoption("--record-to")
+        if folder is not None or request.config.getoption("--record"):
+            command = ["pytest", *sys.argv[1:]]
+            target = results.RESULTS if folder is None else Path(folder)
+            target.mkdir(parents=True, exist_ok=True)
+            results.merge(target / f"{suite}.json", {**row, **results.surroundings(command)})
 
     return write
+
+
+@pytest.fixture
+def side_by_side(benchmark) -> Callable[..., dict[str, list[float]]]:
+    """Seconds of calls by name in alternating rounds, as ``timing.alternate``.
+
+    The call named "ours" is what pytest-benchmark reports.
+    """
+
+    def run(
+        calls: Mapping[str, timing.Call], rounds: int, clock: timing.Clock = timing.wall_clock
+    ) -> dict[str, list[float]]:
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+
+        def turn(names: list[str]) -> None:
+            for name in names:
+                seconds[name].append(clock(calls[name]))
+
+        others = [name for name in calls if name != "ours"]
+        benchmark.pedantic(turn, args=(["ours"],), setup=lambda: turn(others), rounds=rounds)
+        return seconds
+
+    return run

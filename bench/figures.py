@@ -1,4 +1,4 @@
-"""What the reports of a network's figures have in common: checks of its sizes, and the record of what they found."""
+"""What the reports of a network's counted figures have in common: checks of its sizes, and their record."""
 
 from __future__ import annotations
 
