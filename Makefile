@@ -59,7 +59,11 @@ lint: setup ## style, format and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: setup ## the benchmarks
+.venv/.bench: .venv/.ready
+	$(PY) -m pip install -q -c .ci/constraints.txt --no-build-isolation -e '.[$(EXTRAS),bench]'
+	@touch $@
+
+bench: .venv/.bench ## the benchmarks, beside timm and transformers
 	$(PY) -m pytest bench
 
 gpu: setup ## everything that needs a GPU
