@@ -213,7 +213,7 @@ def report(config: CompareConfig) -> None:
     for path, only in ((config.old, alone(old, matched)), (config.new, alone(new, matched.values()))):
         print(*(f"only in {path}: {case}\n" for case in sorted(only)), sep="", end="")
     if worse := sum(row.verdict == WORSE for row in rows):
-        raise RunError(f"{worse} figures became worse by more than {config.tolerance:.3g} of what they were")
+        raise RunError(f"figures that became worse by more than {config.tolerance:.3g} of what they were: {worse}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,26 +71,38 @@ def charge(figures: Figures, case: str, row: executions.Row) -> None:
         found["requested_bytes"] = found.get("requested_bytes", 0) + row.requested
 
 
+def rows_of(mode: str, alpha: float, resize: int) -> list[executions.Row]:
+    """Our launches, and torch's around them, at a batch."""
+    return executions.rows_of(executions.ours, layer_shapes(alpha, resize), BATCH, mode == "training")
+
+
+def totals(mode: str, alpha: float, resize: int) -> Figures:
+    """Bytes of a variant's network and of its blocks."""
+    found: Figures = {}
+    for row in rows_of(mode, alpha, resize):
+        for scope in ("network", "blocks") if row.kind == "block" else ("network",):
+            charge(found, f"{mode}, alpha {alpha} at {resize}: {scope}", row)
+    return found
+
+
+def launches(mode: str) -> Figures:
+    """Bytes of each pass in all blocks and of each launch, and launches of each block."""
+    passes, each, rows = {}, {}, rows_of(mode, *WHOLE)
+    for row in rows:
+        if row.kind == "block":
+            charge(passes, f"{mode}: all {row.op}", row)
+        charge(each, f"{mode}: {row.block} {row.op}", row)
+    launched = Counter(row.block for row in rows if row.by == "triton")
+    return {**passes, **each, **{f"{mode}: {block}": {"launches": number} for block, number in launched.items()}}
+
+
 def byte_figures() -> Figures:
-    """Bytes at a batch by the formulas beside the launchers: totals, passes, launches, and the variants' totals."""
-    totals, passes, launches, others = ({} for _ in range(4))
-    for mode in ("inference", "training"):
-        for alpha, resize in ((alpha, resize) for alpha, sides in VARIANTS.items() for resize in sides):
-            whole = (alpha, resize) == WHOLE
-            rows = executions.rows_of(executions.ours, layer_shapes(alpha, resize), BATCH, mode == "training")
-            where = f"{mode}, alpha {alpha} at {resize}"
-            for row in rows:
-                charge(totals if whole else others, f"{where}: network", row)
-                if row.kind == "block":
-                    charge(totals if whole else others, f"{where}: blocks", row)
-                if whole and row.kind == "block" and row.by == "triton":
-                    charge(passes, f"{mode}: all {row.op}", row)
-                if whole:
-                    charge(launches, f"{mode}: {row.block} {row.op}", row)
-            if whole:
-                numbers = Counter(row.block for row in rows if row.by == "triton")
-                launches |= {f"{mode}: {block}": {"launches": number} for block, number in numbers.items()}
-    return {**totals, **passes, **launches, **others}
+    """Bytes by the formulas beside the launchers, those of the whole of alpha 1.0 at 224 first."""
+    modes = ("inference", "training")
+    others = [(alpha, resize) for alpha, sides in VARIANTS.items() for resize in sides if (alpha, resize) != WHOLE]
+    parts = [totals(mode, *WHOLE) for mode in modes] + [launches(mode) for mode in modes]
+    parts += [totals(mode, *variant) for mode in modes for variant in others]
+    return {case: found for part in parts for case, found in part.items()}
 
 
 def saved_figures() -> Figures:
@@ -116,14 +129,19 @@ def read(path: Path) -> Figures:
     """
     try:
         rows = json.loads(path.read_text())["rows"]
-        found = {row["case"]: {name: value for name, value in row.items() if name != "case"} for row in rows}
-        for value in (value for figures in found.values() for value in figures.values()):
-            value + 0
-        return found
+        return numbers({row["case"]: {name: row[name] for name in row if name != "case"} for row in rows})
     except FileNotFoundError:
         raise InputError(f"{path}: expected a record, there is none: `{RECORDING['bytes']}`") from None
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: expected a record of bench.static, got {type(error).__name__}: {error}") from None
+
+
+def numbers(figures: Figures) -> Figures:
+    """``figures``; TypeError where one is no number."""
+    for value in (value for found in figures.values() for value in found.values()):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{value!r} is no number")
+    return figures
 
 
 def write(path: Path, figures: Figures) -> None:
@@ -141,7 +159,8 @@ def read_kernels(path: Path) -> tuple[dict[str, sass.Facts], Figures]:
     """
     try:
         rows = json.loads(path.read_text())["rows"]
-        return aot.read_record(path), {case_of(row).name: {name: row[name] for name in KERNEL} for row in rows}
+        figures = {case_of(row).name: {name: row[name] for name in KERNEL} for row in rows}
+        return aot.read_record(path), numbers(figures)
     except FileNotFoundError:
         raise InputError(f"{path}: expected a record, there is none: `{RECORDING['kernels']}`") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -190,16 +209,20 @@ def compare_kernels() -> Verdict:
     compiled, recorded = read_kernels(aot.RECORD)
     rows, sampled = aot.plan(every(sass.CAPABILITIES)), set(sample(sass.CAPABILITIES))
     changed = [row for row in rows if row.key not in compiled]
-    aot.gather([row for row in changed if row.case in sampled], compiled, lambda: None, aot.compile_all)
+    try:
+        aot.gather([row for row in changed if row.case in sampled], compiled, lambda: None, aot.compile_all)
+    except BrokenProcessPool as error:
+        raise RunError(str(error)) from None
 
     known = [row for row in rows if row.key in compiled]
     broken = {row.case.name: compiled[row.key]["error"] for row in known if "error" in compiled[row.key]}
     now = _figures((row for row in known if row.case.name not in broken), compiled)
-    unseen = {row.case.name for row in rows} - now.keys()
-    seen = {case: figures for case, figures in recorded.items() if case not in unseen}
-    failures, notes = compare(seen, now, RECORDING["kernels"])
+    unseen = {row.case.name for row in rows} - now.keys() - broken.keys()
+    now |= {case: {} for case in sorted(unseen - recorded.keys())}  # not on record, whatever it is made of
+    there = {case: recorded[case] for case in recorded if case not in unseen | broken.keys()}
+    failures, notes = compare(there, now, RECORDING["kernels"])
     failures = [f"{case}: does not compile: {error}" for case, error in broken.items()] + failures
-    if others := len(unseen - broken.keys()):
+    if others := len(unseen & recorded.keys()):
         notes.append(f"{others} other launches have changed and were not compiled: `{RECORDING['kernels']}`")
     return Verdict(failures, notes)
 
@@ -223,7 +246,11 @@ def check() -> None:
         sys.stdout.flush()
         failed += len(failures)
     if failed:
-        raise RunError(f"{failed} figures have grown by more than {PERCENT}%, or are not on record as they must be")
+        commands = " and ".join(f"`{command}`" for command in RECORDING.values())
+        raise RunError(
+            f"figures that have grown by more than {PERCENT}% or are not on record: {failed}; "
+            f"what must be so is recorded by {commands}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +11,12 @@ import torch
 from processes import ROOT
 from test_aot import FACTS
 
-from bench import aot, cases, static
+from bench import aot, cases, sass, static
 from bench.static import Verdict, compare
 from bench.training import Recorder, norm_of
 from kernels import inverted_residual_passes, norms, partials
 from kernels.common import Launch, Traffic
+from mnv2.config import RunError
 
 SAVED = {"training with D: blocks": {"saved_bytes": 100}}
 
@@ -128,8 +131,29 @@ def test_more_saved_bytes_fail(record, monkeypatch, capsys):
     assert "training with D: blocks saved_bytes: 100 on record, 103 now, +3.0%" in capsys.readouterr().out
 
 
+def test_saved_bytes_are_those_of_the_report(monkeypatch):
+    def report(module, words, quiet):
+        assert module == "bench.memory"
+        assert words[:4] == ["--alpha", "1.0", "--resize", "224"]
+        mib = {"D": 7.25, "X": 1.5}
+        found = {f"{scope}_saved_mib_{mode}": mib[mode] for scope in ("blocks", "network") for mode in mib}
+        Path(words[-1]).write_text(json.dumps(found))
+        return 0
+
+    monkeypatch.setattr(static, "run_interpreted", report)
+    found = static.saved_figures()
+    assert found.keys() == {f"training with {mode}: {scope}" for mode in "DX" for scope in ("blocks", "network")}
+    assert found["training with D: blocks"] == {"saved_bytes": 7.25 * 2**20}
+    monkeypatch.setattr(static, "run_interpreted", lambda *arguments, quiet: 1)
+    with pytest.raises(RunError, match="bench.memory has failed"):
+        static.saved_figures()
+
+
+KERNEL = SimpleNamespace(params=[])
+
+
 def extra_launch(x):
-    return Launch(SimpleNamespace(params=[]), (1,), {"x_ptr": x}, num_warps=1)
+    return Launch(KERNEL, (1,), {"x_ptr": x}, num_warps=1)
 
 
 def extra_bytes(x):
@@ -144,6 +168,11 @@ def test_a_pass_that_is_not_known_has_its_launchers_name(record, monkeypatch, ca
         return backward(dy, x, block, saved, need, run)
 
     monkeypatch.setattr(inverted_residual_passes, "backward", longer)
+    cases._training_calls.cache_clear()
+    passes = [case for case in cases.training_of_network(90) if case.kernel == "extra_launch"]
+    assert cases.work_of(passes[0]).launch.kernel is KERNEL
+    cases._training_calls.cache_clear()
+    assert len(passes) == 17
     assert static.main([]) == 1
     out = capsys.readouterr().out
     assert "fails: training: all extra_launch: not on record: `python -m bench.static --record`" in out
@@ -226,6 +255,9 @@ def test_changed_code_outside_the_sample_is_only_counted(kernels):
     failures, notes = static.compare_kernels()
     assert (failures, kernels.asked) == ([], [])
     assert notes == ["2 other launches have changed and were not compiled: `python -m bench.aot --all`"]
+    new = cases.Case(90, "depthwise_fwd", 64, 14, 1)
+    kernels.rows.append(kernels.rows[0]._replace(case=new, key="d"))
+    assert static.compare_kernels() == ([f"{new.name}: not on record: `python -m bench.aot --all`"], notes)
 
 
 def test_a_new_launch_must_be_recorded_and_one_that_is_gone_is_mentioned(kernels):
@@ -238,8 +270,7 @@ def test_a_new_launch_must_be_recorded_and_one_that_is_gone_is_mentioned(kernels
 
 def test_names_of_rows_on_record_are_those_of_their_cases():
     _, figures = static.read_kernels(ROOT / "bench" / "results" / "aot.json")
-    every = {case.name for case in cases.every((90,))}
-    assert {case for case in figures if case.endswith(" sm_90")} == every
+    assert {case.name for case in cases.sample(sass.CAPABILITIES)} <= figures.keys()
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"rows": [{}]}', '{"rows": [{"case": "a", "bytes": "few"}]}'])
