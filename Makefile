@@ -9,10 +9,10 @@ DIGITS := build/digits
 DEMO_NETWORK := --alpha 0.35 --resize 32 --preprocessing torchvision --data_url $(DIGITS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all sanitize aot lint bench gpu clean
+.PHONY: help setup demo test test-all sanitize aot bench-static lint bench gpu clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup: .venv/.ready ## make .venv with pinned dependencies and the project installed editable
 
@@ -53,6 +53,9 @@ sanitize: .venv/.sanitizer ## run the kernels in a sanitizer: races, accesses ou
 
 aot: setup ## compile the kernels for five generations of GPUs: registers, spills, shared memory, bounds
 	env -u TRITON_INTERPRET $(PY) -m bench.aot
+
+bench-static: setup ## compare bytes, saved bytes, registers and instructions with those on record
+	env -u TRITON_INTERPRET $(PY) -m bench.static
 
 lint: setup ## style, format and types
 	$(PY) -m ruff check .

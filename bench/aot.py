@@ -39,7 +39,6 @@ from bench import sass, tile_record
 from bench.cases import (
     BATCH,
     TRAINING,
-    WORK,
     Case,
     Work,
     blocks_of_network,
@@ -47,6 +46,7 @@ from bench.cases import (
     sample,
     sizes_of,
     training_of_network,
+    work_of,
 )
 from bench.sass import Facts
 
@@ -80,7 +80,7 @@ COLUMNS = {  # of the table: how each shows a report
 
 def compile_case(case: Case) -> Facts:
     """Facts of the case's compiled kernel."""
-    return sass.compile_launch(WORK[case.kernel](case).launch, case.cap)
+    return sass.compile_launch(work_of(case).launch, case.cap)
 
 
 def _start_worker(folder: str) -> None:
@@ -123,7 +123,7 @@ class Row(NamedTuple):
 def plan(cases: Iterable[Case]) -> list[Row]:
     rows = []
     for case in dict.fromkeys(cases):
-        work = WORK[case.kernel](case)
+        work = work_of(case)
         rows.append(Row(case, work, sass.key(work.launch, case.cap)))
     return rows
 

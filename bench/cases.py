@@ -294,6 +294,13 @@ WORK: dict[str, Callable[[Case], Work]] = {
     "head": _head,
     **dict.fromkeys(TRAINING, _training),
 }
+
+
+def work_of(case: Case) -> Work:
+    """What the case launches; a kernel that isn't in ``WORK`` is a pass of training that isn't known here yet."""
+    return WORK.get(case.kernel, _training)(case)
+
+
 PASSES = ("depthwise_fwd", "depthwise_bwd", "sum_partials")  # what a step of training launches for a block
 DEPTHWISE = ("depthwise_fwd", "depthwise_bwd", "depthwise_dx", "depthwise_dw", "sum_partials")
 BLOCK_PASSES = PASSES[:2]

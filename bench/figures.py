@@ -26,13 +26,14 @@ def check_sizes(alpha: float, **positive: int) -> None:
         raise InputError(str(error)) from None
 
 
-def run_interpreted(module: str, words: Sequence[str]) -> int:
-    """Run ``python -m module words`` with Triton's interpreter; its exit status.
+def run_interpreted(module: str, words: Sequence[str], *, quiet: bool = False) -> int:
+    """Run ``python -m module words`` with Triton's interpreter; its exit status. ``quiet`` drops what it prints.
 
     Triton reads the variable where kernels are defined, so it takes a process of its own.
     """
     command = [sys.executable, "-m", module, *words]
-    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    variables = {**os.environ, "TRITON_INTERPRET": "1"}
+    return subprocess.run(command, env=variables, stdout=subprocess.DEVNULL if quiet else None).returncode
 
 
 def write(path: str, module: str, words: Sequence[str], figures: dict[str, Any]) -> None:

@@ -82,16 +82,18 @@ class Recorder:
 
     def _name(self, launcher: Callable[..., Launch], launch: Launch) -> str:
         at = launch.arguments
+        unknown = launcher.__name__  # a pass that is new here is one all the same
         if launcher in NORMS:
             stats = (self._saved.stats1, self._saved.stats2, self._saved.stats3)
-            number = next(i for i, tensor in enumerate(stats, 1) if tensor is at["stats_ptr"])
             flagged = " flagged" if at.get("kappa_ptr") is not None else ""
-            return NORMS[launcher].replace("BN", f"BN{number}") + flagged
+            names = [NORMS[launcher].replace("BN", f"BN{i}") + flagged for i in (1, 2, 3)]
+            return next((name for name, of in zip(names, stats, strict=True) if of is at["stats_ptr"]), unknown)
         if launcher is partials.sum_partials_launch:
-            return next(SUMS[name] for call in self.calls for name in SUMS if self._shares(call, name, launch))
+            found = (SUMS[name] for call in self.calls for name in SUMS if self._shares(call, name, launch))
+            return next(found, unknown)
         if launcher is weights.scaled_launch:
             return "W1 scaled" if at["OF_ROWS"] else "W2 scaled"
-        return PASSES[launcher]
+        return PASSES.get(launcher, unknown)
 
     @staticmethod
     def _shares(call: Call, name: str, launch: Launch) -> bool:

@@ -73,7 +73,7 @@ def option(default: Any, help: str, **settings: Any) -> Any:
     """Field of a configuration: its default, its help text and ``choices``, ``parse`` or ``const`` for its flag.
 
     A ``fixed`` one can't change when training goes on from a checkpoint: it would be another network, other batches, or
-    a state that doesn't fit.
+    a state that doesn't fit. A ``positional`` one has no flag: it must be given, in its place.
     """
     return dataclasses.field(default=default, metadata={"help": help, **settings})
 
@@ -319,7 +319,8 @@ def parse(config: type[ConfigT], argv: Sequence[str] | None, description: str) -
     )
     types = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        parser.add_argument(f"--{field.name}", default=field.default, **_argument(field, types[field.name]))
+        name = field.name if "positional" in field.metadata else f"--{field.name}"
+        parser.add_argument(name, default=field.default, **_argument(field, types[field.name]))
     if argv is None:
         argv = sys.argv[1:]
     values = vars(parser.parse_args([_underscored(word) for word in argv]))
@@ -335,7 +336,8 @@ def parse(config: type[ConfigT], argv: Sequence[str] | None, description: str) -
 def _argument(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     settings = dict(field.metadata)
     parse_value = settings.pop("parse", None)
-    settings.pop("fixed", None)
+    for ours in ("fixed", "positional"):
+        settings.pop(ours, None)
     if isinstance(kind, UnionType):
         kind = next(member for member in typing.get_args(kind) if member is not type(None))
     if typing.get_origin(kind) is tuple:
