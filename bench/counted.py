@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from mnv2.published import TOP1
 from . import executions
 from .cases import BATCH, Case, blocks_of_network, training_passes
 from .figures import run_interpreted
+from .traffic import shape_of
 
 ALPHA, RESIZE = 1.0, 224
 CAP = 90  # the capability whose bounds are shown
@@ -32,7 +33,7 @@ MODES = ("eager", "D", "X")  # what is saved, as bench/memory.py describes it
 SCOPES = ("blocks", "network")
 CASE = ("kernel", "C", "stride", "dtype", "padding", "c_in", "c_out", "row")  # of a row of bench.aot, beside its side
 LANES = 32  # of a warp: multiply-adds in fp32 of one instruction
-MACS_OF_TRAINING = 3  # times those of inference: forward and two gradients, without what is computed again
+MACS = {"inference": 1, "training": 3}  # of an operation, times its forward's: training has two gradients too
 
 
 class Variant(NamedTuple):
@@ -86,11 +87,11 @@ def macs_of_tensor_cores(device: Device) -> float:
     return device.processors * device.clock * device.group_macs
 
 
-def traffic(training: bool, names: Sequence[str] = SHOWN) -> dict[str, dict[str, float]]:
+def traffic(mode: str) -> dict[str, dict[str, float]]:
     """MB an image by execution and scope."""
-    layers = layer_shapes(ALPHA, RESIZE)
+    layers, training = layer_shapes(ALPHA, RESIZE), mode == "training"
     every = {"ours": executions.ours, **executions.executions(training)}
-    return {name: executions.totals(executions.rows_of(every[name], layers, BATCH, training), BATCH) for name in names}
+    return {name: executions.totals(executions.rows_of(every[name], layers, BATCH, training), BATCH) for name in SHOWN}
 
 
 def variants() -> Iterator[Variant]:
@@ -144,7 +145,7 @@ def bounds(path: Path) -> dict[str, Bound]:
     record = _load(path)
     try:
         inference, training = (record[f"{kind}_bound_us"][str(CAP)] for kind in ("blocks", "training"))
-        found = [limit for limits in launches(path, training=False) for limit in limits]
+        found = [limit for limits in launches(path, "inference") for limit in limits]
         hbm, issue = (1e6 * sum(getattr(limit, name) for limit in found) for name in ("hbm", "issue"))
         return {
             "inference": Bound(inference["ours"], hbm, issue, inference["separate"]),
@@ -154,10 +155,10 @@ def bounds(path: Path) -> dict[str, Bound]:
         raise _no_record(path, "bench.aot", error) from None
 
 
-def launches(path: Path, training: bool) -> list[list[Bounds]]:
+def launches(path: Path, mode: str) -> list[list[Bounds]]:
     """Bounds of the launches of each of the 17 blocks, in seconds an image, of the record of ``bench.aot``."""
     rows = _rows(path)
-    if training:
+    if mode == "training":
         blocks = [training_passes(layer, CAP) for layer in _blocks()]
     else:
         blocks = []
@@ -171,17 +172,19 @@ def launches(path: Path, training: bool) -> list[list[Bounds]]:
     return [[rows[case] for case in block] for block in blocks]
 
 
-def points(path: Path, training: bool) -> list[Point]:
-    """The 17 blocks as their bounds let them be at best: multiply-adds of the operation, counted bytes, seconds."""
-    device = roofline.DEVICES[CAP]
+def points(path: Path, mode: str) -> list[Point]:
+    """The 17 blocks as their bounds let them be at best, of an image."""
+    bandwidth = roofline.DEVICES[CAP].bandwidth
+    macs = macs_of_blocks(mode)
     return [
-        Point(
-            layer.macs * (MACS_OF_TRAINING if training else 1),
-            sum(limit.hbm for limit in limits) * device.bandwidth,
-            sum(map(max, limits)),
-        )
-        for layer, limits in zip(_blocks(), launches(path, training), strict=True)
+        Point(macs[shape_of(layer)], sum(limit.hbm for limit in limits) * bandwidth, sum(map(max, limits)))
+        for layer, limits in zip(_blocks(), launches(path, mode), strict=True)
     ]
+
+
+def macs_of_blocks(mode: str) -> dict[str, int]:
+    """Multiply-adds of a block for an image by its shape, without what our kernels compute again."""
+    return {shape_of(layer): MACS[mode] * layer.macs for layer in _blocks()}
 
 
 def _blocks() -> list[LayerShape]:

@@ -7,6 +7,8 @@ Okabe and Ito, which the colour-blind tell apart; on grey paper hatches and the 
 from __future__ import annotations
 
 import io
+import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +41,7 @@ OF_ALPHAS = {  # colour, mark
 }
 OF_VARIANTS = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.7, "linewidth": 1.5}
 NAMES = {"epilogue": "perfect\nepilogues", "D": 'save="D"', "X": 'save="X"'}
+BLOCK = re.compile(r"(inference|training) block (\S+) fp16, batch (\d+)")  # a case of bench_kernels.py
 STYLE = {
     "svg.hashsalt": "mnv2",
     "font.size": 10,
@@ -58,11 +61,10 @@ def figures(results: Path, suites: Mapping[str, Sequence[tables.Row]], *, refres
     record = results / "aot.json"
     with styled():
         return {
-            "traffic": traffic({"inference": counted.traffic(False), "training": counted.traffic(True)}),
+            "traffic": traffic({mode: counted.traffic(mode) for mode in counted.MACS}),
             "memory": memory(counted.memory(results / "memory.json", refresh=refresh)),
             "roofline": rooflines(
-                {"inference": counted.points(record, False), "training": counted.points(record, True)},
-                measured_points(suites["kernels"]),
+                {mode: counted.points(record, mode) for mode in counted.MACS}, measured_points(suites["kernels"])
             ),
             "accuracy": accuracy([*counted.variants()]),
             "ratios": ratios(suites),
@@ -147,42 +149,44 @@ def memory(found: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def measured_points(rows: Sequence[tables.Row]) -> dict[str, dict[str, list[counted.Point]]]:
-    """Measured launches by mode and device: rows that say their multiply-adds (``macs``) and ``mode``."""
-    found: dict[str, dict[str, list[counted.Point]]] = {}
+    """Measured blocks by mode, and by device and batch, of the rows of bench_kernels.py that are of one in fp16."""
+    found: dict[str, dict[str, list[counted.Point]]] = {mode: {} for mode in counted.MACS}
     for row in rows:
-        if not {"macs", "mode", "median_us", "gb_per_s"} <= row.keys():
+        match = BLOCK.fullmatch(row["case"])
+        if match is None or not {"counted_mb", "gb_per_s"} <= row.keys():
             continue
-        seconds = row["median_us"] / 1e6
-        point = counted.Point(row["macs"], row["gb_per_s"] * 1e9 * seconds, seconds)
-        found.setdefault(row["mode"], {}).setdefault(row["device"], []).append(point)
+        mode, shape, batch = match.groups()
+        if (macs := counted.macs_of_blocks(mode).get(shape)) is not None:
+            nbytes = row["counted_mb"] * 1e6
+            point = counted.Point(macs * int(batch), nbytes, nbytes / (row["gb_per_s"] * 1e9))
+            found[mode].setdefault(f"{row['device']}, batch {batch}", []).append(point)
     return found
 
 
 def rooflines(
     bounds: Mapping[str, Sequence[counted.Point]], measured: Mapping[str, Mapping[str, Sequence[counted.Point]]]
 ) -> Figure:
-    """Blocks under the roofs of a device: bounds by mode, and what has been measured."""
+    """Blocks under the roofs of a device: bounds by mode, and what has been measured by mode and run."""
     device = roofline.DEVICES[counted.CAP]
-    title = (
-        f"Roofline: the 17 blocks of alpha {counted.ALPHA} at {counted.RESIZE} px, fp16, "
-        f"batch {counted.BATCH}, roofs of {device.name}"
-    )
+    title = f"Roofline of {device.name}, with the 17 blocks of alpha {counted.ALPHA} at {counted.RESIZE} px in fp16"
     figure, every = panels(len(bounds), (11, 5), title, sharey=True)
-    lines = {"bound of a block, counted (equal blocks lie on each other)": Line2D([], [], linestyle="none", **BOUND)}
+    equal = f"bound of a block, counted, batch {counted.BATCH} (equal blocks lie on each other)"
+    lines = {equal: Line2D([], [], linestyle="none", **BOUND)}
+    runs = dict.fromkeys(run for there in measured.values() for run in there)
+    colours = dict(zip(runs, itertools.cycle(OF_DEVICES), strict=False))
     for axes, (mode, points) in zip(every, bounds.items(), strict=True):
         roofs(axes, device)
         marks(axes, points, BOUND)
-        there = measured.get(mode, {})
-        for (name, some), colour in zip(there.items(), OF_DEVICES, strict=False):
-            style = {**MEASURED, "markerfacecolor": colour}
+        for run, some in measured[mode].items():
+            style = {**MEASURED, "markerfacecolor": colours[run]}
             marks(axes, some, style)
-            lines[f"measured on {name}"] = Line2D([], [], linestyle="none", **style)
-        if not there:
+            lines[f"measured: {run}"] = Line2D([], [], linestyle="none", **style)
+        if not measured[mode]:
             note(axes, "No GPU has been measured yet:\nall marks are bounds.")
         axes.set_title(mode if mode == "inference" else f"{mode}, forward and backward")
         axes.set_xlabel("multiply-adds a byte of counted device-memory traffic")
     every[0].set_ylabel("10¹² multiply-adds a second")
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -248,7 +252,7 @@ def accuracy(variants: Sequence[counted.Variant]) -> Figure:
 def ratios(suites: Mapping[str, Sequence[tables.Row]]) -> Figure:
     """Measured ratios as marks with the spread of their rounds."""
     found = [
-        (f"{suite}: {row['case']}: beside {ratio['name']}", device, ratio)
+        (ratio["name"], device, ratio)
         for suite in tables.MEASURED
         for device, rows in tables.by_device(row for row in suites[suite] if row.get("ratios")).items()
         for row in rows

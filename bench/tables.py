@@ -125,24 +125,25 @@ def suite_tables(suite: str, rows: Sequence[Row]) -> str:
 
 
 def ratios_table(rows: Iterable[Row]) -> str:
-    """Ratios of rows; a case is named once."""
-    cells = []
-    for row in rows:
-        for index, ratio in enumerate(row["ratios"]):
-            what = f"{ratio['name']}, {ratio['unit']}" if ratio["unit"] else ratio["name"]
-            case = "" if index else row["case"]
-            cells.append([case, what, number(ratio["ours"]), number(ratio["theirs"]), ratio_cell(ratio)])
-    return markdown(["", "beside, unit", "ours", "theirs", "ours / theirs (min to max)"], cells)
+    """Ratios of rows, whose names say what they are of."""
+    cells = [
+        [f"{ratio['name']}, {ratio['unit']}", number(ratio["ours"]), number(ratio["theirs"]), ratio_cell(ratio)]
+        for row in rows
+        for ratio in row["ratios"]
+    ]
+    return markdown(["", "ours", "theirs", "ours / theirs (min to max)"], cells)
 
 
 def gpu_tables(suites: Mapping[str, Sequence[Row]]) -> Iterable[str]:
-    """Tables of the suites that need a GPU: figures and ratios, for each device."""
+    """Tables of the suites that need a GPU, figures and ratios of each device; those of many kernels fold up."""
     for suite in GPU:
-        for rows in by_device(suites[suite]).values():
-            yield figures_table(rows)
-            if having := [row for row in rows if row.get("ratios")]:
-                yield ratios_table(having)
-            yield sources(rows)
+        for device, rows in by_device(suites[suite]).items():
+            having = [row for row in rows if row.get("ratios")]
+            parts = [figures_table(rows), *([ratios_table(having)] if having else []), sources(rows)]
+            if suite == "kernels":
+                summary = f"<summary>{len(rows)} cases of kernels on {device}</summary>"
+                parts = [f"<details>{summary}", *parts, "</details>"]
+            yield "\n\n".join(parts)
 
 
 def figures_table(rows: Sequence[Row]) -> str:
@@ -169,8 +170,8 @@ def heading(name: str) -> str:
 def traffic_table() -> str:
     """MB an image of ours and others."""
     cells = []
-    for mode, training in (("inference", False), ("training", True)):
-        found = counted.traffic(training)
+    for mode in counted.MACS:
+        found = counted.traffic(mode)
         for scope, what in (("blocks", "17 blocks"), ("network", "network")):
             cells.append([f"{mode}, {what}", *(number(found[name][scope]) for name in counted.SHOWN)])
     table = markdown(["MB an image", *(EXECUTIONS.get(name, name) for name in counted.SHOWN)], cells)
