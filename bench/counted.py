@@ -27,13 +27,14 @@ from .figures import run_interpreted
 from .traffic import shape_of
 
 ALPHA, RESIZE = 1.0, 224
+MODES = ("inference", "training")
 CAP = 90  # the capability whose bounds are shown
 SHOWN = ("ours", "compulsory", "epilogue", "compiled", "eager")  # executions, as bench/executions.py describes them
-MODES = ("eager", "D", "X")  # what is saved, as bench/memory.py describes it
+SAVED = ("eager", "D", "X")  # what is kept, as bench/memory.py describes it
 SCOPES = ("blocks", "network")
 CASE = ("kernel", "C", "stride", "dtype", "padding", "c_in", "c_out", "row")  # of a row of bench.aot, beside its side
 LANES = 32  # of a warp: multiply-adds in fp32 of one instruction
-MACS = {"inference": 1, "training": 3}  # of an operation, times its forward's: training has two gradients too
+MACS_OF_TRAINING = 3  # times those of the forward: there are two gradients too
 
 
 class Variant(NamedTuple):
@@ -118,7 +119,7 @@ def memory(path: Path, *, refresh: bool) -> dict[str, dict[str, float]]:
             raise RunError(f"{reason}; making it again by python -m bench.memory failed with status {status}")
     record = _load(path)
     try:
-        return {scope: {mode: float(record[f"{scope}_saved_mib_{mode}"]) for mode in MODES} for scope in SCOPES}
+        return {scope: {mode: float(record[f"{scope}_saved_mib_{mode}"]) for mode in SAVED} for scope in SCOPES}
     except (KeyError, TypeError, ValueError) as error:
         raise _no_record(path, "bench.memory", error) from None
 
@@ -184,7 +185,8 @@ def points(path: Path, mode: str) -> list[Point]:
 
 def macs_of_blocks(mode: str) -> dict[str, int]:
     """Multiply-adds of a block for an image by its shape, without what our kernels compute again."""
-    return {shape_of(layer): MACS[mode] * layer.macs for layer in _blocks()}
+    times = MACS_OF_TRAINING if mode == "training" else 1
+    return {shape_of(layer): times * layer.macs for layer in _blocks()}
 
 
 def _blocks() -> list[LayerShape]:

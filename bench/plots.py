@@ -61,10 +61,10 @@ def figures(results: Path, suites: Mapping[str, Sequence[tables.Row]], *, refres
     record = results / "aot.json"
     with styled():
         return {
-            "traffic": traffic({mode: counted.traffic(mode) for mode in counted.MACS}),
+            "traffic": traffic({mode: counted.traffic(mode) for mode in counted.MODES}),
             "memory": memory(counted.memory(results / "memory.json", refresh=refresh)),
             "roofline": rooflines(
-                {mode: counted.points(record, mode) for mode in counted.MACS}, measured_points(suites["kernels"])
+                {mode: counted.points(record, mode) for mode in counted.MODES}, measured_points(suites["kernels"])
             ),
             "accuracy": accuracy([*counted.variants()]),
             "ratios": ratios(suites),
@@ -142,7 +142,7 @@ def memory(found: Mapping[str, Mapping[str, float]]) -> Figure:
     """What the forward saves for the backward."""
     title = f"Counted memory saved for the backward: alpha {counted.ALPHA}, {counted.RESIZE} px, fp16"
     figure, (axes,) = panels(1, (7.5, 2.8), title)
-    by_mode = {mode: {scope: found[scope][mode] for scope in found} for mode in counted.MODES}
+    by_mode = {mode: {scope: found[scope][mode] for scope in found} for mode in counted.SAVED}
     stacked(axes, by_mode, ("D", "X"), "MiB an image")
     bars_legend(figure)
     return figure
@@ -150,7 +150,7 @@ def memory(found: Mapping[str, Mapping[str, float]]) -> Figure:
 
 def measured_points(rows: Sequence[tables.Row]) -> dict[str, dict[str, list[counted.Point]]]:
     """Measured blocks by mode, and by device and batch, of the rows of bench_kernels.py that are of one in fp16."""
-    found: dict[str, dict[str, list[counted.Point]]] = {mode: {} for mode in counted.MACS}
+    found: dict[str, dict[str, list[counted.Point]]] = {mode: {} for mode in counted.MODES}
     for row in rows:
         match = BLOCK.fullmatch(row["case"])
         if match is None or not {"counted_mb", "gb_per_s"} <= row.keys():
@@ -270,6 +270,8 @@ def ratios(suites: Mapping[str, Sequence[tables.Row]]) -> Figure:
     axes.axvline(1, color="black", lw=1, linestyle="--")
     if not found:
         note(axes, "No ratios have been recorded.")
+    ends = [0.8, 1.25, *(end for _, _, ratio in found for end in ratio["ratio_min_max"])]
+    axes.set_xlim(0.95 * min(ends), 1.05 * max(ends))
     labels = [f"{what}, on {device}" if len(devices) > 1 else what for what, device, _ in found]
     axes.set_yticks(range(len(found)), labels, fontsize=9)
     axes.set_ylim(max(len(found), 1) - 0.5, -0.5)

@@ -9,12 +9,13 @@ give the same bytes with the same matplotlib. ``--check`` writes nothing and fai
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mnv2.config import InputError, RunError, exit_status, option, parse
 
@@ -67,34 +68,23 @@ def _expected(begun: str) -> str:
     return f"{END} behind that of {begun}" if begun else "the beginning of a table"
 
 
-def drawn(results: Path, suites: Mapping[str, Sequence[Mapping]], refresh: bool) -> dict[str, bytes]:
+def drawn(results: Path, suites: Mapping[str, Sequence[Mapping[str, Any]]], refresh: bool) -> dict[str, bytes]:
     """Every plot by the name of its file.
 
     Raises:
         RunError: matplotlib is missing.
     """
-    try:
-        from . import plots
-    except ImportError as error:
-        raise RunError(
-            f"plots need matplotlib ({error}): pip install -e '.[bench]', or --tables for the tables alone"
-        ) from None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RunError("plots need matplotlib: pip install -e '.[bench]', or --tables for the tables alone")
+    from . import plots
+
     return plots.render(plots.figures(results, suites, refresh=refresh))
-
-
-def put(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``: all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def make(config: ReportConfig) -> None:
     """Make tables and plots, then write those that differ from what is there, or with ``check`` name them."""
     from . import tables
+    from .tile_record import replace_file
 
     results, readme = Path(config.results or RESULTS), Path(config.readme or README)
     if not results.is_dir():
@@ -114,7 +104,7 @@ def make(config: ReportConfig) -> None:
         return
     for path in stale:
         path.parent.mkdir(exist_ok=True)
-        put(path, wanted[path])
+        replace_file(path, wanted[path])
         print(f"{path}: written")
     print(f"{len(wanted) - len(stale)} of {len(wanted)} files were as they should be")
 

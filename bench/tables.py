@@ -45,11 +45,10 @@ def measured(folder: Path) -> dict[str, list[Row]]:
         path = folder / f"{suite}.json"
         found[suite] = results.read(path)
         try:
-            for row in found[suite]:
+            for row in found[suite]:  # what can't be shown is found here, where the file is known
                 about_run(row)
-                for ratio in row.get("ratios", []):
-                    ratio["name"], ratio["unit"], number(ratio["ours"]), number(ratio["theirs"]), ratio_cell(ratio)
-        except (KeyError, TypeError, ValueError) as error:
+                ratios_table([{"ratios": [], **row}])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: expected results of benchmarks, got {type(error).__name__}: {error}") from None
     return found
 
@@ -76,11 +75,11 @@ def ratio_cell(ratio: Row) -> str:
 
 def about_run(row: Row) -> str:
     """Device, command and commit of a row."""
-    device, commit = str(row["device"]), str(row["commit"])
-    found, _, state = commit.partition("-")
+    device, cores = row["device"], row["cores"]
+    commit, _, state = row["commit"].partition("-")
     changed = f" with changes ({state})" if state else ""
-    cores = "" if is_gpu(device) else f", {row['cores']} core{'s'[: row['cores'] != 1]}"
-    return f"{device}{cores}; `{row['command']}` at commit `{found[:7]}`{changed}"
+    where = device if is_gpu(device) else f"{device}, {cores} {'core' if cores == 1 else 'cores'}"
+    return f"{where}; `{row['command']}` at commit `{commit[:7]}`{changed}"
 
 
 def is_gpu(device: str) -> bool:
@@ -170,7 +169,7 @@ def heading(name: str) -> str:
 def traffic_table() -> str:
     """MB an image of ours and others."""
     cells = []
-    for mode in counted.MACS:
+    for mode in counted.MODES:
         found = counted.traffic(mode)
         for scope, what in (("blocks", "17 blocks"), ("network", "network")):
             cells.append([f"{mode}, {what}", *(number(found[name][scope]) for name in counted.SHOWN)])
@@ -180,9 +179,9 @@ def traffic_table() -> str:
 
 def memory_table(found: Mapping[str, Mapping[str, float]]) -> str:
     """MiB an image that is saved for the backward."""
-    names = [mode if mode == "eager" else f'`save="{mode}"`' for mode in counted.MODES]
+    names = [mode if mode == "eager" else f'`save="{mode}"`' for mode in counted.SAVED]
     cells = [
-        [what, *(number(found[scope][mode]) for mode in counted.MODES)]
+        [what, *(number(found[scope][mode]) for mode in counted.SAVED)]
         for scope, what in (("blocks", "17 blocks"), ("network", "network"))
     ]
     return f"{markdown(['MiB an image', *names], cells)}\n\nCounted: `python -m bench.memory`."
