@@ -22,11 +22,11 @@ KEPT = (*COMPARED, "warps", "tensor_core", "wavefronts", "macs", "loop", "loop_w
 Key = tuple[Any, ...]
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``: all of it or nothing."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path``: all of it or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from bench import memory
+from bench.results import RESULTS
 from kernels import common
 from mnv2.model import layer_shapes
 
@@ -27,6 +28,8 @@ def test_the_network_at_224_saves_no_more_than_was_promised(tmp_path, capsys):
     assert figures["blocks_saved_mib_D"] <= 7.4
     assert figures["blocks_saved_mib_X"] <= 1.9
     assert figures["network_saved_mib_eager"] == pytest.approx(37.3, rel=0.01)
+    recorded = json.loads((RESULTS / "memory.json").read_text())
+    assert [figures[key] for key in KEYS] == pytest.approx([recorded[key] for key in KEYS], rel=1e-3)
     printed = capsys.readouterr().out
     assert all(f"{figures[key]:.2f}" in printed for key in KEYS)
 
