@@ -1,10 +1,10 @@
 """Say what became better or worse between two results: ``python -m bench.compare OLD NEW [--tolerance 0.05]``.
 
 OLD and NEW are files of ``bench/results/`` (``bench/results.py`` says their form), records of ``bench.static`` or
-``bench.aot``, or two folders of such files. A row is compared with the one of its case and device, or where there is
-none with the only one of its case on another device. Figures are known by the units that their names end in: times,
-bytes, registers, instructions and ratios are costs, rates and shares are gains; others are left out. Ours of a ratio is
-a cost too; its spread is taken to be the ratio's.
+``bench.aot``, or two folders of such files, of which files without rows are left out. A row is compared with the one of
+its case and device, or where there is none with the only one of its case on another device. Figures are known by the
+units that their names end in: times, bytes, registers, instructions and ratios are costs, rates and shares are gains;
+others are left out. Ours of a ratio is a cost too; its spread is taken to be the ratio's.
 
 A change up to the tolerance is no change. Nor is one between medians that both lie where the spreads of their rounds
 overlap: it is called noise. Figures of what ours is compared with are shown and not judged. Exits with 1 where
@@ -89,12 +89,14 @@ def load(path: Path) -> dict[Key, Entry]:
     files = sorted(path.glob("*.json"))
     if not files:
         raise InputError(f"{path}: expected a folder with results, found no .json in it")
-    return {key: entry for file in files for key, entry in _load(file, file.stem).items()}
+    return {key: entry for file in files for key, entry in _load(file, file.stem, without_rows=True).items()}
 
 
-def _load(path: Path, suite: str) -> dict[Key, Entry]:
+def _load(path: Path, suite: str, *, without_rows: bool = False) -> dict[Key, Entry]:
     try:
         document = json.loads(path.read_text())
+        if without_rows and "rows" not in document:
+            return {}
         found = {}
         for row in document["rows"]:
             case = case_of(row).name if "kernel" in row and "case" not in row else row["case"]

@@ -125,6 +125,7 @@ def test_folders_are_compared_file_by_file(tmp_path, capsys):
         folder.mkdir()
         results.merge(folder / "blocks.json", row(step_ms=step))
         results.merge(folder / f"{folder.name}.json", row(step_ms=1))
+        (folder / "memory.json").write_text('{"saved_mib": 1.0}')  # of another form
     assert compare.main([str(folder) for folder in folders]) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[1].split() == ["blocks:", "block", "step_ms", "100", "200", "+100.0%", "worse"]
