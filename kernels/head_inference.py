@@ -65,7 +65,7 @@ def conv_relu6_mean_launch(x: Tensor, weight: Tensor, bias: Tensor, f: Tensor) -
     A program owns an image and BLOCK_O channels.
     """
     (N, c_in, H, W), c_out = x.shape, weight.shape[0]
-    tile = tiles.head_tile(H * W)
+    tile = tiles.head_tile(c_in, c_out, H * W, x.element_size(), common.limits(x.device))
     arguments = dict(
         x_ptr=x,
         w_ptr=weight,

@@ -209,7 +209,9 @@ def _head_plan(module: FoldedHead, layer: LayerShape, batch: int) -> tuple[str, 
     features = common.allocate((batch, layer.c_out), x)
     moved = conv_relu6_mean_bytes(x, weight, bias, features)
     launch = conv_relu6_mean_launch(x, weight, bias, features)
-    tile = tiles.head_tile(layer.height * layer.width)
+    tile = tiles.head_tile(
+        layer.c_in, layer.c_out, layer.height * layer.width, x.element_size(), common.limits(x.device)
+    )
     limits = _bounds("head", layer, tile, launch, moved.touched, module.weight.device, weight.element_size() == 2)
     return f"{tile.BLOCK_P} pixels, {tile.BLOCK_O} channels, {tile.num_warps} warps", moved.touched, [limits]
 
