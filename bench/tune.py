@@ -100,10 +100,11 @@ def differ(found: Sequence[Tensor], wanted: Sequence[Tensor], roundings: float, 
 class Tuner:
     """Measures jobs into ``table``, one device's, with a clock and a way to run what is launched.
 
-    ``compile`` takes launches before the first of them runs, to compile them side by side.
+    ``like`` has the type and device of the jobs. ``compile`` takes launches before the first of them runs, to compile
+    them side by side.
     """
 
-    device: torch.device
+    like: Tensor
     batch: int
     clock: timing.Clock
     run: Callable[[Launch], None]
@@ -126,11 +127,10 @@ class Tuner:
     def planted(self, *trial: Mapping[str, Any]) -> AbstractContextManager[None]:
         """The table as it is by now, and rows of tiles in front of it, are what was measured."""
         table = {**self.table, "tiles": [*self.table["tiles"], *trial]}
-        return measured.planted({common.limits(self.device).name: table})
+        return measured.planted({common.limits(self.like.device).name: table})
 
     def _tile(self, job: TileJob) -> dict[str, Any]:
         candidates, calls = job.candidates, {}
-        dtype = torch.float16 if job.shape["element_size"] == 2 else torch.float32
         rows = [{"op": job.choice.op, "shape": job.shape, "tile": measured.fields_of(tile)} for tile in candidates]
         prepared = []
         for row, tile in zip(rows, candidates, strict=True):
@@ -150,7 +150,7 @@ class Tuner:
                 self.say(f"{job.name}: {_text(candidates[i])} skipped, {_told(error)}")
                 continue
             wanted = wanted or found
-            if problem := differ(found, wanted, TILE_ROUNDING, dtype):
+            if problem := differ(found, wanted, TILE_ROUNDING, self.like.dtype):
                 self.say(f"{job.name}: {_text(candidates[i])} refused, {problem}")
                 continue
             calls[i] = partial(self._launch, one.launches)
@@ -177,14 +177,14 @@ class Tuner:
                     self.say(f"{job.name}: {path} skipped, {_told(error)}")
                     continue
                 wanted = wanted or found
-                if problem := differ(found, wanted, PATH_ROUNDING, job.dtype):
+                if problem := differ(found, wanted, PATH_ROUNDING, self.like.dtype):
                     self.say(f"{job.name}: {path} refused, {problem}")
                     continue
                 calls[path] = step
             seconds = timing.alternate(calls, ROUNDS, self.clock)
         us = {path: self._us(times) for path, times in seconds.items()}
         self.say(f"{job.name}: " + ", ".join(f"{path} {time:g}" for path, time in us.items()) + " us an image")
-        dtype = str(job.dtype).removeprefix("torch.")
+        dtype = str(self.like.dtype).removeprefix("torch.")
         return {"op": job.op, "shape": dict(job.shape), "dtype": dtype, "batch": self.batch, "us_an_image": us}
 
     def _us(self, seconds: Sequence[float]) -> float:
@@ -215,8 +215,8 @@ def tune(groups: Iterable[Group], tuner: Tuner, in_time: Callable[[], bool], sav
                     tuner.measure(job)
                 else:
                     left.append(job.name)
-        except torch.OutOfMemoryError:
-            left.append(f"{group.name} (out of memory: try a smaller --batch)")
+        except Exception as error:  # as memory that doesn't suffice, or a kernel of the rule's that can't run
+            left.append(f"{group.name} ({_told(error)})")
         save()
     return left
 
@@ -287,7 +287,7 @@ def measure_here(config: TuneConfig, words: Sequence[str]) -> None:
     like = torch.empty(0, dtype=DTYPES[config.dtype], device=device)
     before = _read(path).get(name, {"tiles": [], "paths": []})
     tuner = Tuner(
-        device,
+        like,
         config.batch,
         timing.CudaClock(device, HELD_BACK),
         run=lambda launch: launch.run(device),
@@ -304,7 +304,7 @@ def measure_here(config: TuneConfig, words: Sequence[str]) -> None:
     )
     print("\n".join(lines_of(tuner.table)))
     if left:
-        print(f"\nno time or memory for these, which stay as they were: {'; '.join(left)}")
+        print(f"\nnot measured, and as before: {'; '.join(left)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

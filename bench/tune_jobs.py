@@ -61,7 +61,6 @@ class PathJob:
 
     op: str
     shape: Mapping[str, int]
-    dtype: torch.dtype
     steps: Mapping[str, Step]
 
     @property
@@ -129,7 +128,7 @@ def inference_group(block: Block, count: int, batch: int, like: Tensor) -> Group
         shape = {"c_in": block.c_in, "c_mid": block.c_mid, "c_out": block.c_out, "H": block.side, "W": block.side}
         shape["stride"] = block.stride
         steps = by_paths(partial(op, backend="triton"), partial(op, backend="torch"))
-        yield PathJob("inference block", shape, like.dtype, steps)
+        yield PathJob("inference block", shape, steps)
 
     return Group(f"inference {text_of(block)}", count * value, jobs)
 
@@ -175,6 +174,6 @@ def head_group(c_in: int, c_out: int, side: int, count: int, batch: int, like: T
         yield TileJob(tiles.head_tile, arguments, prepare)
         op = partial(conv_relu6_mean, x, weight, bias)
         steps = by_paths(partial(op, backend="triton"), partial(op, backend="torch"))
-        yield PathJob("head", {"c_in": c_in, "c_out": c_out, "H": side, "W": side}, like.dtype, steps)
+        yield PathJob("head", {"c_in": c_in, "c_out": c_out, "H": side, "W": side}, steps)
 
     return Group(f"head {c_in}-{c_out}x{side}x{side}", count * value, jobs)

@@ -69,13 +69,13 @@ def _depthwise(block: Block, batch: int, like: Tensor) -> Iterator[Job]:
     shape = {"C": C, "H": side, "W": side, "stride": stride}
     op = partial(depthwise_conv2d, x, weight, stride=stride)
     steps = by_paths(partial(op, backend="triton"), partial(op, backend="torch"))
-    yield PathJob("depthwise", shape, like.dtype, steps)
+    yield PathJob("depthwise", shape, steps)
     inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
     op = partial(depthwise_conv2d, *inputs, stride=stride)
     steps = by_paths(
         partial(op, backend="triton"), partial(op, backend="torch"), lambda y: torch.autograd.grad(y, inputs, dy)
     )
-    yield PathJob("depthwise training", shape, like.dtype, steps)
+    yield PathJob("depthwise training", shape, steps)
 
 
 class _Kept:
@@ -190,4 +190,4 @@ def _block_paths(block: Block, batch: int, like: Tensor) -> PathJob:
         lambda y: torch.autograd.grad(y, [x, *weights, *affine], dy),
     )
     shape = {"c_in": block.c_in, "c_mid": block.c_mid, "c_out": block.c_out, "H": block.side, "W": block.side}
-    return PathJob("training block", {**shape, "stride": block.stride}, like.dtype, steps)
+    return PathJob("training block", {**shape, "stride": block.stride}, steps)
