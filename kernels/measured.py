@@ -111,6 +111,7 @@ def _tables_of(path: Path) -> dict[str, Table]:
     return indexed(read(path))
 
 
+@remembered
 def _table(name: str) -> Table | None:
     """What was measured on the device of that name; "" is one that is only planned for."""
     if _planted is not None:
@@ -118,6 +119,7 @@ def _table(name: str) -> Table | None:
     return _tables_of(TABLES).get(name) if name else None
 
 
+@torch.compiler.assume_constant_result  # what torch.compile can't trace it runs, once
 def on(device: torch.device) -> bool:
     """Whether anything was measured on ``device``."""
     return _table(common.limits(device).name) is not None
@@ -182,7 +184,7 @@ def _microseconds(op: str, device: torch.device, dtype: torch.dtype, **shape: in
     return (table and table.paths.get(_key(op, shape, str(dtype).removeprefix("torch.")))) or {}
 
 
-@torch.compiler.assume_constant_result  # what torch.compile can't trace it runs, once
+@torch.compiler.assume_constant_result
 def _faster(path: str, op: str, device: torch.device, dtype: torch.dtype, **shape: int) -> str | None:
     us = _microseconds(op, device, dtype, **shape)
     if path not in us or "kernels" not in us or us[path] >= us["kernels"]:
@@ -196,6 +198,8 @@ def why_torch(op: str, device: torch.device, dtype: torch.dtype, **shape: int) -
 
     Compared is what can run: while torch.compile or export traces, what it would compile; else torch's operations.
     """
+    if not on(device):
+        return None
     if not torch.compiler.is_compiling():
         return _faster("torch", op, device, dtype, **shape)
     from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
