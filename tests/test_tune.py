@@ -271,3 +271,28 @@ def test_the_paths_of_each_operation_agree(monkeypatch):
     rows = tuner.table["paths"]
     assert {row["op"]: row["shape"] for row in rows} == PATHS, lines
     assert all(row["us_an_image"] == dict.fromkeys(measured.PATHS, 1.0) for row in rows), lines
+
+
+def test_a_reader_sees_which_tiles_changed_and_which_path_is_the_fastest():
+    timed = {"us_an_image": 1.0, "rule_us_an_image": 1.0}
+    rows = [{**toy_row(7, 1), **timed}, {**toy_row(8, 2), **timed, "us_an_image": 0.5}]
+    us = {"kernels": 3.0, "torch": 2.0}
+    paths = [{"op": "head", "shape": {"c_in": 8}, "dtype": "float16", "us_an_image": us}]
+    text = "\n".join(tune.lines_of(table(rows, paths)))
+    assert "tiles: 2 measured, 1 better than the rule's" in text
+    assert "0.500 for     1.000  toy size 8" in text
+    assert "3.000     2.000            torch     head c_in 8 float16" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+def test_without_a_gpu_there_is_a_line_and_nothing_is_written(tmp_path, capsys):
+    assert tune.main(["--json", str(tmp_path / "measured.json")]) == 1
+    assert capsys.readouterr().err == "bench.tune: torch sees no CUDA GPU here, and nothing else can be measured\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["--minutes", "0"], ["--dtype", "fp32"], ["--alpha", "-1"]], ids=" ".join)
+def test_what_cant_be_measured_is_refused(words):
+    with pytest.raises(SystemExit) as refused:
+        tune.main(words)
+    assert refused.value.code == 2
