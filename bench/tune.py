@@ -125,7 +125,7 @@ class Tuner:
         self.table[kind] = [*others, row]
 
     def planted(self, *trial: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """The table as it is by now, and rows of tiles in front of it, are what was measured."""
+        """What was measured is the table as it is by now, but for a row of tiles that is on trial."""
         table = {**self.table, "tiles": [*self.table["tiles"], *trial]}
         return measured.planted({common.limits(self.like.device).name: table})
 
@@ -151,6 +151,8 @@ class Tuner:
                 continue
             wanted = wanted or found
             if problem := differ(found, wanted, TILE_ROUNDING, self.like.dtype):
+                if i == 0:
+                    raise RunError(f"the rule's {problem}")
                 self.say(f"{job.name}: {_text(candidates[i])} refused, {problem}")
                 continue
             calls[i] = partial(self._launch, one.launches)

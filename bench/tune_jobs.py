@@ -95,7 +95,7 @@ def by_paths(kernels: Callable[[], Any], torchs: Callable[[], Any], gradients: A
     ``gradients`` is a function from the output to them; without it no step has any.
     """
     compiled = torch.compile(lambda: torchs(), fullgraph=True, dynamic=False)
-    calls = {"kernels": kernels, "torch": torchs, "compiled": compiled}
+    calls = {"torch": torchs, "kernels": kernels, "compiled": compiled}  # torch's result is what others are held to
 
     def step(call: Callable[[], Any]) -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(gradients is not None):

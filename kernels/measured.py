@@ -90,7 +90,7 @@ def remembered(function: Callable[P, Found]) -> Callable[P, Found]:
 
 @contextmanager
 def planted(tables: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, ``tables`` are what was measured, for a tuner's trials and for tests; "" is a device without a name."""
+    """Inside, ``tables`` are what was measured: a tuner's trials, or a test's, where "" is a device without a name."""
     global _planted
     before, _planted = _planted, indexed(tables)
     _forget()
@@ -168,8 +168,7 @@ class Choice(Generic[P, Tile]):
         fields = table and table.tiles.get(_key(self.op, self.shape(*arguments, **keywords)))
         if not fields:
             return self.default(*arguments, **keywords)
-        # A tile that is no candidate any more is an older version's.
-        there = self.candidates(*arguments, **keywords)
+        there = self.candidates(*arguments, **keywords)  # a tile that is none of them any more is an older version's
         return next((tile for tile in there if fields_of(tile) == fields), there[0])
 
 
@@ -179,14 +178,15 @@ def choice(op: str, others: Others[Tile]) -> Callable[[Callable[P, Tile]], Choic
 
 
 @remembered
-def _microseconds(op: str, device: torch.device, dtype: torch.dtype, **shape: int) -> Mapping[str, float]:
-    table = _table(common.limits(device).name)
+def _microseconds(name: str, op: str, dtype: torch.dtype, **shape: int) -> Mapping[str, float]:
+    """Microseconds an image of each path of ``op`` on the device of that name, as far as they were measured."""
+    table = _table(name)
     return (table and table.paths.get(_key(op, shape, str(dtype).removeprefix("torch.")))) or {}
 
 
 @torch.compiler.assume_constant_result
 def _faster(path: str, op: str, device: torch.device, dtype: torch.dtype, **shape: int) -> str | None:
-    us = _microseconds(op, device, dtype, **shape)
+    us = _microseconds(common.limits(device).name, op, dtype, **shape)
     if path not in us or "kernels" not in us or us[path] >= us["kernels"]:
         return None
     who = "torch.compile is" if path == "compiled" else "torch's convolutions are"
@@ -212,7 +212,7 @@ def why_torch(op: str, device: torch.device, dtype: torch.dtype, **shape: int) -
 
 def advice(op: str, device: torch.device, dtype: torch.dtype, **shape: int) -> str:
     """What to do where torch.compile was measured to be fastest of all, else nothing."""
-    us = _microseconds(op, device, dtype, **shape)
+    us = _microseconds(common.limits(device).name, op, dtype, **shape)
     others = [us[path] for path in ("kernels", "torch") if path in us]
     if "compiled" not in us or not others or us["compiled"] >= min(others):
         return ""

@@ -96,9 +96,10 @@ def test_a_tile_that_cant_be_taken_is_left_out_however_quick_it_is(how, line):
 
 
 def test_where_the_rules_tile_fails_nothing_is_found():
-    bench = Bench({1: 1e-6, 2: 1e-6, 3: 1e-6}, broken=[1])
-    assert bench.measure() == []
-    assert "left as it is" in bench.lines[0]
+    for how, why in (({"broken": [1]}, "shared memory"), ({"unwritten": [1]}, "the rule's result 0 isn't finite")):
+        bench = Bench({1: 1e-6, 2: 1e-6, 3: 1e-6}, **how)
+        assert bench.measure() == []
+        assert bench.lines == [line for line in bench.lines if "left as it is" in line and why in line]
 
 
 def test_what_is_measured_again_replaces_what_was():
