@@ -28,10 +28,10 @@ from mnv2.model import layer_shapes
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     """The file of tables, which isn't there yet."""
-    monkeypatch.setattr(measured, "TABLES", tmp_path / "measured.json")
     with measured.planted({}):
-        pass  # forgets what was looked up
-    return tmp_path / "measured.json"
+        monkeypatch.setattr(measured, "TABLES", tmp_path / "measured.json")
+        monkeypatch.setattr(measured, "_planted", None)
+        yield measured.TABLES
 
 
 def test_where_nothing_was_measured_rules_decide(file):
