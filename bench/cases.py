@@ -205,13 +205,16 @@ def _macs(launch: Any) -> int:
 
 def _head(case: Case) -> Work:
     from bench import blocks
-    from kernels import head_inference, tiles
+    from kernels import common, head_inference, tiles
 
     tensors = blocks.head_tensors(case.C, case.c_out, case.side, BATCH, _like(case))
     launch = _on_gpu(head_inference.conv_relu6_mean_launch(*tensors))
     elements = BATCH * case.c_out * case.side**2
     touched = head_inference.conv_relu6_mean_bytes(*tensors).touched
-    return Work(launch, elements, launch.trips, touched, tiles.head_tile(case.side**2), _macs(launch))
+    tile = tiles.head_tile(
+        case.C, case.c_out, case.side**2, tensors[0].element_size(), common.limits(tensors[0].device)
+    )
+    return Work(launch, elements, launch.trips, touched, tile, _macs(launch))
 
 
 @functools.lru_cache(maxsize=1024)

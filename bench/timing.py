@@ -33,15 +33,17 @@ class CudaClock:
 
     Before the call a buffer larger than L2 is written, several times: while the GPU does that, the host launches what
     the call has to launch, and gaps between launches don't count unless the host takes longer than that.
+    ``held_back`` is how many times.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, held_back: int = HELD_BACK):
         self._device = device
+        self._held_back = held_back
         self._buffer = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
 
     def __call__(self, call: Call) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(HELD_BACK):
+        for _ in range(self._held_back):
             self._buffer.zero_()
         start.record()
         call()

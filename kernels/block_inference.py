@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import common, reference
+from . import common, measured, reference
 from .block_inference_passes import inverted_residual_launches
 from .common import cdiv
 from .pack import PackedBlock
@@ -92,8 +92,12 @@ def refuse_gradient(operation: str, *tensors: Tensor | None) -> None:
         )
 
 
-def why_torch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, backend: str) -> str | None:
-    """Why torch runs a block on an input of ``shape [N, c_in, H, W]`` where ``backend`` is asked for, or None.
+def why_torch(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, backend: str, op: str, **sizes: int
+) -> str | None:
+    """Why torch runs an input of ``shape [N, c_in, H, W]`` where ``backend`` is asked for, or None.
+
+    ``op`` and its ``sizes`` beside those of the input are what its paths were measured by.
 
     Raises:
         ValueError: ``backend`` is "triton", and the kernels can't.
@@ -101,7 +105,16 @@ def why_torch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
     why = common.why_torch(backend, device, lambda: unsupported(shape, dtype, device), "x: ")
     if why is None and backend == "auto" and dtype == torch.float32 and not common.tf32_allowed():
         return "IEEE fp32 has no tensor cores"  # hundreds of instructions an element
+    if why is None and backend == "auto":
+        _, c_in, H, W = shape
+        return measured.why_torch(op, device, dtype, c_in=c_in, H=H, W=W, **sizes)
     return why
+
+
+def why_torch_block(shape: tuple[int, ...], packed: PackedBlock, stride: int, backend: str) -> str | None:
+    """``why_torch`` of a block."""
+    sizes = dict(c_mid=packed.c_mid, c_out=packed.c_out, stride=stride)
+    return why_torch(shape, packed.dtype, packed.device, backend, "inference block", **sizes)
 
 
 def inverted_residual_inference(
@@ -126,7 +139,8 @@ def inverted_residual_inference(
             expand ratio 1 alone.
         backend: "triton" runs the kernels or says why it can't; "torch" runs torch's convolutions; "auto" runs the
             kernels on NVIDIA GPUs from compute capability 8.0 on, fp32 only where torch's convolutions may be TF32
-            (``torch.backends.cudnn``), and torch's convolutions elsewhere.
+            (``torch.backends.cudnn``), and torch's convolutions elsewhere, and where ``python -m bench.tune`` has
+            measured them to be faster on this device.
 
     Returns:
         ``[N, c_out, ceil(H / stride), ceil(W / stride)]`` in channels_last, in x's type. Autocast changes nothing.
@@ -142,7 +156,7 @@ def inverted_residual_inference(
     Source: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", table 1.
     """
     _check(x, packed, stride, residual, padding, relu6_input, backend)
-    if why_torch(tuple(x.shape), x.dtype, x.device, backend) is None:
+    if why_torch_block(tuple(x.shape), packed, stride, backend) is None:
         return run_kernels(x, packed, stride, residual, padding, relu6_input)
     return reference.inverted_residual_inference(
         x, packed, stride=stride, residual=residual, padding=padding, relu6_input=relu6_input

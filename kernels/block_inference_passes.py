@@ -93,7 +93,8 @@ def inverted_residual_launches(
 
 
 def _project_launch(b: Tensor, packed: PackedBlock, residual: Tensor | None, y: Tensor, relu6_input: bool) -> Launch:
-    pixels, tile = y.shape[0] * y.shape[2] * y.shape[3], tiles.PROJECT
+    pixels, limits = y.shape[0] * y.shape[2] * y.shape[3], common.limits(y.device)
+    tile = tiles.project_tile(packed.c_mid, packed.c_out, y.element_size(), limits)
     arguments = dict(
         b_ptr=b,
         w2_ptr=packed.project_weight,

@@ -128,11 +128,13 @@ class Limits(NamedTuple):
     """What a choice of tiles must know of a device: multiprocessors, and a program's bytes of shared memory.
 
     ``tensor_memory`` says that products go through a memory of 512 columns, which must hold all those of a program.
+    ``name`` is the device's, by which what was measured on it is found; "" for one that is only planned for.
     """
 
     processors: int
     shared: int
     tensor_memory: bool = False
+    name: str = ""
 
 
 _planned: torch.device | Limits | None = None
@@ -163,7 +165,8 @@ def _limits(device: torch.device) -> Limits:
     properties = torch.cuda.get_device_properties(device)
     reserved = 1024  # the driver's, a block; without them one block may have all of a multiprocessor's
     shared = properties.shared_memory_per_multiprocessor - reserved
-    return Limits(properties.multi_processor_count, shared, tensor_memory=properties.major in (10, 11))
+    memory = properties.major in (10, 11)
+    return Limits(properties.multi_processor_count, shared, memory, torch.cuda.get_device_name(device))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import common, reference
+from . import common, measured, reference
 from .common import Launch, cdiv
 from .depthwise_passes import depthwise_bwd_launch, depthwise_fwd_launch
 from .partials import sum_partials, sum_partials_launch
@@ -156,7 +156,13 @@ def unsupported(x: Tensor, weight: Tensor, stride: int = 1) -> str | None:
 
 def why_torch(x: Tensor, weight: Tensor, stride: int, backend: str) -> str | None:
     """Why torch convolves ``x`` where ``backend`` is asked for, or None; raises ValueError as ``runs_kernels``."""
-    return common.why_torch(backend, x.device, lambda: unsupported(x, weight, stride))
+    why = common.why_torch(backend, x.device, lambda: unsupported(x, weight, stride))
+    if why is None and backend == "auto":
+        _, C, H, W = x.shape
+        gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        op, dtype = "depthwise training" if gradients else "depthwise", common.autocast_dtype(x) or x.dtype
+        return measured.why_torch(op, x.device, dtype, C=C, H=H, W=W, stride=stride)
+    return why
 
 
 def runs_kernels(x: Tensor, weight: Tensor, stride: int, backend: str) -> bool:
@@ -178,7 +184,8 @@ def depthwise_conv2d(
             stride 2 and an even size puts none in front and one behind.
         backend: "triton" runs the kernels or says why it can't; "torch" runs torch's convolution; "auto" runs the
             kernels on NVIDIA GPUs from compute capability 8.0 on, and torch's convolution wherever "triton" would
-            refuse (another layout, type, kernel size, stride or device).
+            refuse (another layout, type, kernel size, stride or device), and where ``python -m bench.tune`` has
+            measured it to be faster on this device.
 
     Returns:
         ``[N, C, ceil(H / stride), ceil(W / stride)]`` in channels_last, in x's type.

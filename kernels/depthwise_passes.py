@@ -258,9 +258,9 @@ def _depthwise_bwd_kernel(
 
 @functools.lru_cache(maxsize=1024)  # a server's shapes may never end
 def _walk(
-    x_shape: tuple[int, ...], stride: int, padding: str, device: torch.device, *, backward: bool
-) -> tuple[tuple[int, int], dict[str, int], tiles.DepthwiseTile]:
-    """Grid, sizes by name and tile of a launch over images of ``x_shape [N, C, H, W]``.
+    x_shape: tuple[int, ...], stride: int, padding: str, tile: tiles.DepthwiseTile, processors: int, *, backward: bool
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and sizes by name of a launch over images of ``x_shape [N, C, H, W]``.
 
     Remembered, as it takes longer than the launch itself.
     """
@@ -268,17 +268,21 @@ def _walk(
     H_out, W_out = cdiv(H, stride), cdiv(W, stride)
     pad_h, pad_w = front_padding(H, stride, padding), front_padding(W, stride, padding)
     rows, columns = (H_out + 1 - pad_h, W_out + 1 - pad_w) if backward else (H_out, W_out)
-    tile = tiles.depthwise_tile(C, W_out)
     strips_w = cdiv(columns, tile.COLUMNS)
     if N * strips_w >= 2**31:
         raise ValueError(f"x: expected fewer than 2^31 strips of {tile.COLUMNS} columns, got shape {x_shape}")
     groups, blocks_c = cdiv(N * strips_w, tile.BLOCK_M), cdiv(C, tile.BLOCK_C)
-    ROWS = tiles.depthwise_rows(rows, groups * blocks_c, tile.num_warps, common.limits(device).processors)
+    ROWS = tiles.depthwise_rows(rows, groups * blocks_c, tile.num_warps, processors)
     chunks = cdiv(rows, ROWS)
     sizes = dict(strips=N * strips_w, strips_w=strips_w, H=H, W=W, H_out=H_out, W_out=W_out, ROWS=ROWS, chunks=chunks)
     constants = dict(C=C, STRIDE=stride, PAD_H=pad_h, PAD_W=pad_w)
     blocks = dict(BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C, COLUMNS=tile.COLUMNS)
-    return (groups * chunks, blocks_c), {**sizes, **constants, **blocks}, tile
+    return (groups * chunks, blocks_c), {**sizes, **constants, **blocks}
+
+
+def _tile(x: Tensor, stride: int, limits: common.Limits, *, backward: bool) -> tiles.DepthwiseTile:
+    width = cdiv(x.shape[3], stride)
+    return tiles.depthwise_tile(x.shape[1], stride, width, x.element_size(), limits, backward=backward)
 
 
 def depthwise_fwd_launch(x: Tensor, weight: Tensor, y: Tensor, stride: int, padding: str) -> Launch:
@@ -286,7 +290,9 @@ def depthwise_fwd_launch(x: Tensor, weight: Tensor, y: Tensor, stride: int, padd
 
     A program owns BLOCK_M strips of COLUMNS output columns, ROWS output rows and BLOCK_C channels.
     """
-    grid, sizes, tile = _walk(tuple(x.shape), stride, padding, x.device, backward=False)
+    limits = common.limits(x.device)
+    tile = _tile(x, stride, limits, backward=False)
+    grid, sizes = _walk(tuple(x.shape), stride, padding, tile, limits.processors, backward=False)
     arguments = dict(x_ptr=x, w_ptr=weight, y_ptr=y, **sizes)
     return Launch(_depthwise_fwd_kernel, grid, arguments, tile.num_warps, spill_bytes=tile.spill_bytes)
 
@@ -318,7 +324,9 @@ def depthwise_bwd_launch(
     """
     image = x if dx is None else dx
     assert image is not None
-    grid, sizes, tile = _walk(tuple(image.shape), stride, padding, dy.device, backward=True)
+    limits = common.limits(dy.device)
+    tile = _tile(image, stride, limits, backward=True)
+    grid, sizes = _walk(tuple(image.shape), stride, padding, tile, limits.processors, backward=True)
     arguments = dict(
         x_ptr=x,
         dy_ptr=dy,

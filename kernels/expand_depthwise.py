@@ -269,11 +269,13 @@ def expand_depthwise_launch(
     the choice.
     """
     c_mid, H_out, W_out = d.shape[1:]
-    tile = (tile or training_tiles.expand_tile(c_mid, stride, W_out, x.element_size())).fitted(H_out)
+    limits = common.limits(x.device)
+    tile = tile or training_tiles.expand_tile(x.shape[1], c_mid, stride, W_out, x.element_size(), limits)
+    tile = tile.fitted(H_out)
     walk = walk_of(x, c_mid, 0, stride, padding, tile, expands=w1 is not None)
     strips, blocks_e = len(x) * walk.per_image, cdiv(c_mid, tile.BLOCK_E)
     groups = cdiv(strips, tile.BLOCK_S)
-    ROWS = training_tiles.walk_rows(H_out, groups * blocks_e, tile, common.limits(x.device).processors)
+    ROWS = training_tiles.walk_rows(H_out, groups * blocks_e, tile, limits.processors)
     programs = groups * cdiv(H_out, ROWS)
     arguments = dict(
         x_ptr=x,

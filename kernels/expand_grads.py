@@ -63,7 +63,7 @@ def _expand_sums_kernel(
 
 def _expand_sums_rows(x: Tensor, dz: Tensor) -> int:
     """Pixels of a program of ``expand_sums_launch``."""
-    M, tile = x[:, 0].numel(), training_tiles.expand_sums_tile(x.shape[1], x.element_size())
+    M, tile = x[:, 0].numel(), _sums_tile(x, dz)
     blocks = cdiv(dz.shape[1], tile.BLOCK_M) * cdiv(x.shape[1], tile.BLOCK_N)
     wanted = cdiv(common.limits(x.device).processors, blocks)
     return max(training_tiles.EXPAND_SUMS_MIN_STEPS, cdiv(cdiv(M, tile.BLOCK_K), wanted)) * tile.BLOCK_K
@@ -82,7 +82,7 @@ def expand_sums_launch(x: Tensor, dz: Tensor, partials: Tensor, beta: Tensor) ->
     that there are about as many programs as processors.
     """
     (N, c_in, H, W), c_mid = x.shape, dz.shape[1]
-    tile = training_tiles.expand_sums_tile(c_in, x.element_size())
+    tile = _sums_tile(x, dz)
     ROWS, blocks_n = _expand_sums_rows(x, dz), cdiv(c_in, tile.BLOCK_N)
     arguments = dict(
         x_ptr=x,
@@ -106,7 +106,7 @@ def expand_sums_launch(x: Tensor, dz: Tensor, partials: Tensor, beta: Tensor) ->
 
 def expand_sums_bytes(x: Tensor, dz: Tensor, partials: Tensor, beta: Tensor) -> Traffic:
     """Bytes of ``expand_sums_launch``: X for each block of c_mid, dZ1 for each block of c_in, each partial once."""
-    tile = training_tiles.expand_sums_tile(x.shape[1], x.element_size())
+    tile = _sums_tile(x, dz)
     loaded = x.nbytes * cdiv(dz.shape[1], tile.BLOCK_M) + dz.nbytes * cdiv(x.shape[1], tile.BLOCK_N)
     written = partials.nbytes + beta.nbytes
     return Traffic(x.nbytes + dz.nbytes, written, loaded, written)
@@ -168,6 +168,15 @@ def _input_grad_kernel(
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+def _sums_tile(x: Tensor, dz: Tensor) -> training_tiles.GradTile:
+    return training_tiles.expand_sums_tile(x.shape[1], dz.shape[1], x.element_size(), common.limits(x.device))
+
+
+def _input_grad_tile(dx: Tensor, dz: Tensor | None) -> training_tiles.GradTile:
+    c_mid = 0 if dz is None else dz.shape[1]
+    return training_tiles.input_grad_tile(dx.shape[1], c_mid, dx.element_size(), common.limits(dx.device))
+
+
 def input_grad_launch(
     dx: Tensor,
     t: Tensor | None,
@@ -189,7 +198,7 @@ def input_grad_launch(
     """
     assert (t is None) != (dz is None)
     N, c_in, H, W = dx.shape
-    tile = training_tiles.input_grad_tile(c_in, dx.element_size())
+    tile = _input_grad_tile(dx, dz)
     blocks_n = cdiv(c_in, tile.BLOCK_N)
     arguments = dict(
         t_ptr=t,
@@ -229,7 +238,7 @@ def input_grad_bytes(
     dy: Tensor | None = None,
 ) -> Traffic:
     """Bytes of ``input_grad_launch``: dZ1 and X for each block of channels, what has no pixels for each of pixels."""
-    tile = training_tiles.input_grad_tile(dx.shape[1], dx.element_size())
+    tile = _input_grad_tile(dx, dz)
     blocks_m, blocks_n = cdiv(dx[:, 0].numel(), tile.BLOCK_M), cdiv(dx.shape[1], tile.BLOCK_N)
     traffic = Traffic(0, dx.nbytes, 0, dx.nbytes)
     for thin in (t, dy):

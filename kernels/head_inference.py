@@ -65,7 +65,7 @@ def conv_relu6_mean_launch(x: Tensor, weight: Tensor, bias: Tensor, f: Tensor) -
     A program owns an image and BLOCK_O channels.
     """
     (N, c_in, H, W), c_out = x.shape, weight.shape[0]
-    tile = tiles.head_tile(H * W)
+    tile = tiles.head_tile(c_in, c_out, H * W, x.element_size(), common.limits(x.device))
     arguments = dict(
         x_ptr=x,
         w_ptr=weight,
@@ -111,6 +111,11 @@ def _no_backward(ctx: Any, *grads: Tensor) -> None:
 _conv_relu6_mean.register_autograd(_no_backward)  # for exported programs, which hold the operation
 
 
+def why_torch_head(shape: tuple[int, ...], weight: Tensor, backend: str) -> str | None:
+    """``why_torch`` of the head."""
+    return why_torch(shape, weight.dtype, weight.device, backend, "head", c_out=weight.shape[0])
+
+
 def conv_relu6_mean(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
     """Mean over all pixels of ``relu6(conv1x1(x))``, with folded BatchNorm.
 
@@ -140,6 +145,6 @@ def conv_relu6_mean(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "
     if weight.device != x.device or bias.device != x.device:
         raise ValueError(f"weight, bias: expected x's device {x.device}, got {weight.device} and {bias.device}")
     refuse_gradient("conv_relu6_mean", x, weight, bias)
-    if why_torch(tuple(x.shape), x.dtype, x.device, backend) is None:
+    if why_torch_head(tuple(x.shape), weight, backend) is None:
         return _conv_relu6_mean(x, weight, bias)
     return reference.conv_relu6_mean(x, weight, bias)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import common, reference
+from . import common, measured, reference
 from . import inverted_residual_passes as passes
 from .block_checks import check_block
 from .common import BatchNorm, cdiv
@@ -265,8 +265,11 @@ def unsupported(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor) -> str | N
     return None
 
 
-def why_torch(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor, backend: str) -> str | None:
+def why_torch(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor, stride: int, backend: str) -> str | None:
     """Why torch runs a block on ``x`` where ``backend`` is asked for, or None.
+
+    What was measured is forward and backward together, and counts without gradients too: so all processes, and a
+    forward that is made again, take one path.
 
     Raises:
         ValueError: ``backend`` is "triton", and the kernels can't.
@@ -275,6 +278,10 @@ def why_torch(x: Tensor, w1: Tensor | None, wd: Tensor, w2: Tensor, backend: str
     dtype = common.autocast_dtype(x) or x.dtype
     if why is None and backend == "auto" and dtype == torch.float32 and not common.tf32_allowed():
         return "IEEE fp32 has no tensor cores"  # hundreds of instructions an element
+    if why is None and backend == "auto":
+        _, c_in, H, W = x.shape
+        sizes = dict(c_in=c_in, c_mid=wd.shape[0], c_out=w2.shape[0], H=H, W=W, stride=stride)
+        return measured.why_torch("training block", x.device, dtype, **sizes)
     return why
 
 
@@ -311,7 +318,8 @@ def inverted_residual(
         padding: of the depthwise convolution, "symmetric" or TensorFlow's "same".
         backend: "triton" runs the kernels or says why it can't; "torch" runs torch's operations; "auto" runs the
             kernels on NVIDIA GPUs from compute capability 8.0 on, fp32 only where torch's convolutions may be TF32
-            (``torch.backends.cudnn``), and elsewhere torch's operations around ``depthwise_conv2d``.
+            (``torch.backends.cudnn``), and elsewhere torch's operations around ``depthwise_conv2d``, and where
+            ``python -m bench.tune`` has measured those to be faster on this device.
         save: what the backward has of the forward: "D" keeps X, D and P; "X" keeps X and makes the others again.
 
     Weights have x's type, or under autocast any floating-point type, norms always any: the kernels round W1 and W2 to
@@ -343,7 +351,7 @@ def inverted_residual(
     check_block(x, expand_weight, depthwise_weight, project_weight, norms, stride, residual, padding)
     dtype = common.autocast_dtype(x)
     x = x if dtype is None else x.to(dtype)
-    if why_torch(x, expand_weight, depthwise_weight, project_weight, backend) is not None:
+    if why_torch(x, expand_weight, depthwise_weight, project_weight, stride, backend) is not None:
         return reference.inverted_residual(
             x,
             expand_weight,

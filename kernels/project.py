@@ -218,7 +218,7 @@ def project_launch(
     N, c_mid, H, W = d.shape
     M, c_out = N * H * W, p.shape[1]
     limits = common.limits(d.device)
-    tile = tile or training_tiles.project_tile(c_out, d.element_size(), limits)
+    tile = tile or training_tiles.project_tile(c_mid, c_out, d.element_size(), limits)
     TILES = training_tiles.pixel_tiles(cdiv(M, tile.BLOCK_M), 1, tile.num_warps, limits.processors)
     programs = cdiv(cdiv(M, tile.BLOCK_M), TILES)
     arguments = dict(
@@ -262,13 +262,14 @@ def project_grads_launch(
     """
     N, c_mid, H, W = d.shape
     M, c_out = N * H * W, dp.shape[1]
-    tile = tile or training_tiles.project_grad_tile(c_mid, c_out, d.element_size())
+    limits = common.limits(d.device)
+    tile = tile or training_tiles.project_grad_tile(c_mid, c_out, d.element_size(), limits)
     blocks_e = cdiv(c_mid, tile.BLOCK_E)
     TILES = training_tiles.pixel_tiles(
         cdiv(M, tile.BLOCK_M),
         blocks_e,
         tile.num_warps,
-        common.limits(d.device).processors,
+        limits.processors,
         most=d.nbytes // (32 * 4 * c_mid * c_out),  # writing and reading dW2's partials is a sixteenth of D at most
     )
     programs = cdiv(cdiv(M, tile.BLOCK_M), TILES)

@@ -2,16 +2,19 @@
 
 A tile is chosen by channels and width, and a block's by what shared memory allows. Whether the grid fills the device
 decides between a few rows of a block, and how far a program walks. Neither is tuned by batch. Rows are compiled ahead
-of time by ``python -m bench.aot``, which fails where one spills more than it declares.
+of time by ``python -m bench.aot``, which fails where one spills more than it declares. A ``choice`` has other tiles
+beside the rule's, of which ``python -m bench.tune`` may have measured a better one on a device.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from . import measured
 from .common import Limits, cdiv
 
 RECORD = Path(__file__).with_name("tiles.json")  # written by `python -m bench.aot --all`
@@ -43,7 +46,10 @@ WARPS_PER_PROCESSOR = 16  # twice what the registers of both gradients let resid
 MIN_ROWS = 8  # under it a walk reads more than a quarter again of its rows as halo
 
 
-def depthwise_tile(C: int, width: int) -> DepthwiseTile:
+@measured.choice("depthwise", lambda default, at: DEPTHWISE)
+def depthwise_tile(
+    C: int, stride: int, width: int, element_size: int, limits: Limits, *, backward: bool
+) -> DepthwiseTile:
     """Tile for C channels and ``width`` output columns: the one that pads C least, of these the widest."""
     columns = 2 if 1.15 * 2 * cdiv(width, 2) < 4 * cdiv(width, 4) else 4
     rows = [tile for tile in DEPTHWISE if columns == tile.COLUMNS]
@@ -157,6 +163,29 @@ MAX_UNROLLED = 256  # c_in; what is wider is read in a loop, as each product of 
 WARPS_TO_FILL = 4  # a processor's schedulers
 
 
+def with_each(tile: Any, *changes: dict[str, int]) -> Iterator[Any]:
+    """``tile`` with one of ``changes`` at a time."""
+    return (tile._replace(**change) for change in changes)
+
+
+def _other_project_tiles(default: ProjectTile, at: Mapping[str, Any]) -> Iterator[ProjectTile]:
+    return with_each(
+        default,
+        dict(BLOCK_M=128),
+        dict(BLOCK_M=128, num_warps=8),
+        dict(BLOCK_O=32),
+        dict(BLOCK_O=128, num_warps=8),
+        dict(BLOCK_K=64),
+        dict(num_stages=4),
+    )
+
+
+@measured.choice("project", _other_project_tiles)
+def project_tile(c_mid: int, c_out: int, element_size: int, limits: Limits) -> ProjectTile:
+    """Tile for the projection of B where it is stored."""
+    return PROJECT
+
+
 def block_k(c_in: int) -> int:
     """Channels of X in one product of matrices."""
     return 16 if c_in <= 16 else BLOCK_K
@@ -179,7 +208,45 @@ def _block_rows(c_in: int, c_out: int, stride: int, H_out: int, W_out: int, expa
     return SPLIT if small else SPLIT[1:]
 
 
-@functools.lru_cache(maxsize=1024)  # like ``pick``, on the way of every launch; a server's shapes may never end
+def _fitting_rows(
+    c_in: int, c_out: int, stride: int, H_out: int, W_out: int, element_size: int, limits: Limits, *, expands: bool
+) -> tuple[BlockTile, ...]:
+    rows = [row.fitted(H_out, W_out) for row in _block_rows(c_in, c_out, stride, H_out, W_out, expands)]
+    if element_size == 4:  # fp32 takes twice the registers for the factors of a product
+        rows = rows[-1:]
+    fitting = tuple(row for row in rows if row.shared_bytes(c_in, c_out, stride, element_size) <= limits.shared)
+    return fitting or (LOOPED.fitted(H_out, W_out),)
+
+
+def _other_block_tiles(default: BlockTile, at: Mapping[str, Any]) -> Iterator[BlockTile]:
+    """The other rows, each in another number of stages too, and where c_out isn't narrow those that store B."""
+    if default.looped:
+        return
+    rows = _fitting_rows(**at)
+    rows += tuple(row._replace(num_stages=3 - row.num_stages) for row in rows)
+    if at["expands"] and at["c_out"] > 32:
+        rows += tuple(row.fitted(at["H_out"], at["W_out"]) for row in SPLIT)
+    sizes = at["c_in"], at["c_out"], at["stride"], at["element_size"]
+    yield from (row for row in rows if row.shared_bytes(*sizes) <= at["limits"].shared)
+
+
+@measured.choice("block", _other_block_tiles)
+def block_tile(
+    c_in: int,
+    c_out: int,
+    stride: int,
+    H_out: int,
+    W_out: int,
+    element_size: int,
+    limits: Limits,
+    *,
+    expands: bool,
+) -> BlockTile:
+    """Tile for a block with an output of ``H_out x W_out`` whose grid fills the device."""
+    return _fitting_rows(c_in, c_out, stride, H_out, W_out, element_size, limits, expands=expands)[0]
+
+
+@measured.remembered
 def block_tiles(
     c_in: int,
     c_out: int,
@@ -191,12 +258,15 @@ def block_tiles(
     *,
     expands: bool,
 ) -> tuple[BlockTile, ...]:
-    """Tiles for a block with an output of ``H_out x W_out``, the cheapest on a full grid first; all fit the device."""
-    rows = [row.fitted(H_out, W_out) for row in _block_rows(c_in, c_out, stride, H_out, W_out, expands)]
-    if element_size == 4:  # fp32 takes twice the registers for the factors of a product
-        rows = rows[-1:]
-    fitting = tuple(row for row in rows if row.shared_bytes(c_in, c_out, stride, element_size) <= limits.shared)
-    return fitting or (LOOPED.fitted(H_out, W_out),)
+    """Tiles for a block with an output of ``H_out x W_out``, the best on a full grid first; all fit the device.
+
+    Behind one that was measured to be the best come those of fewer pixels, which fill a device with less.
+    """
+    rows = _fitting_rows(c_in, c_out, stride, H_out, W_out, element_size, limits, expands=expands)
+    best = block_tile(c_in, c_out, stride, H_out, W_out, element_size, limits, expands=expands)
+    if best == rows[0]:
+        return rows
+    return best, *(row for row in rows if row.TILE_H * row.TILE_W < best.TILE_H * best.TILE_W)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -210,7 +280,20 @@ def pick(rows: tuple[BlockTile, ...], N: int, c_mid: int, H_out: int, W_out: int
     return rows[-1]
 
 
-def head_tile(pixels: int) -> HeadTile:
+def _other_head_tiles(default: HeadTile, at: Mapping[str, Any]) -> Iterator[HeadTile]:
+    return with_each(
+        default,
+        dict(BLOCK_O=64),
+        dict(BLOCK_O=256, num_warps=8),
+        dict(num_warps=8),
+        dict(BLOCK_K=64),
+        dict(num_stages=2),
+        dict(num_stages=4),
+    )
+
+
+@measured.choice("head", _other_head_tiles)
+def head_tile(c_in: int, c_out: int, pixels: int, element_size: int, limits: Limits) -> HeadTile:
     """Tile for images of ``pixels`` pixels."""
     return next((tile for tile in HEAD if pixels <= tile.BLOCK_P), HEAD[-1])
 

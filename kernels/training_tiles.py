@@ -1,11 +1,16 @@
-"""Block sizes of the passes of the training block, as ``tiles.py`` has those of inference: by channels and width."""
+"""Block sizes of the passes of the training block, as ``tiles.py`` has those of inference: by channels and width.
+
+The other tiles of a ``choice`` differ from the rule's in one thing each.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+from . import measured
 from .common import Limits, cdiv
-from .tiles import MIN_ROWS, WARPS_PER_PROCESSOR, WARPS_TO_FILL, ProjectTile
+from .tiles import MIN_ROWS, WARPS_PER_PROCESSOR, WARPS_TO_FILL, ProjectTile, with_each
 
 
 class WalkTile(NamedTuple):
@@ -47,7 +52,17 @@ def _widest(W_out: int, *columns: int) -> int:
     return min(columns, key=lambda n: (cdiv(W_out, n) * n, -n))
 
 
-def expand_tile(c_mid: int, stride: int, W_out: int, element_size: int) -> WalkTile:
+def _other_walk_tiles(default: WalkTile, at: Mapping[str, Any]) -> Iterator[WalkTile]:
+    """Own columns of X must be whole times WIDE, those of D of WIDE_OUT; a warp has 16 channels."""
+    columns = [dict(COLUMNS=n) for n in (4, 8) if n * at["stride"] % default.WIDE == 0]
+    wide = [dict(WIDE=n) for n in (4, 8) if default.COLUMNS * at["stride"] % n == 0]
+    warps = [dict(BLOCK_E=16 * n, num_warps=n) for n in (1, 2, 4)]
+    steps = dict(UNROLL=3 - default.UNROLL), dict(num_stages=3 - default.num_stages)
+    return with_each(default, *steps, *columns, *wide, *warps)
+
+
+@measured.choice("P2", _other_walk_tiles)
+def expand_tile(c_in: int, c_mid: int, stride: int, W_out: int, element_size: int, limits: Limits) -> WalkTile:
     """Tile of pass P2. What little spills is invariants of the walk; fp32 takes twice the registers for its factors."""
     broad = (c_mid % 64 == 0 and c_mid > 64) or c_mid >= 256
     if stride == 1:
@@ -70,6 +85,7 @@ def expand_tile(c_mid: int, stride: int, W_out: int, element_size: int) -> WalkT
 THIN = 32  # c_in up to which pass B2 makes T and S itself; with more it stores dZ1
 
 
+@measured.choice("B2", _other_walk_tiles)
 def expand_grad_tile(
     c_in: int, c_mid: int, c_out: int, stride: int, W_out: int, element_size: int, limits: Limits, *, expands: bool
 ) -> WalkTile:
@@ -157,14 +173,28 @@ def thin_tile(C: int) -> ThinTile:
     return ThinTile(THIN_ELEMENTS // BLOCK_C, BLOCK_C)
 
 
-def expand_sums_tile(c_in: int, element_size: int) -> GradTile:
+def _other_grad_tiles(default: GradTile, at: Mapping[str, Any]) -> Iterator[GradTile]:
+    return with_each(
+        default,
+        dict(BLOCK_M=64),
+        dict(BLOCK_M=256, num_warps=8),
+        dict(num_warps=8),
+        dict(BLOCK_K=2 * default.BLOCK_K),
+        dict(BLOCK_K=max(16, default.BLOCK_K // 2)),
+        *(dict(num_stages=n) for n in (2, 3, 4)),
+    )
+
+
+@measured.choice("S", _other_grad_tiles)
+def expand_sums_tile(c_in: int, c_mid: int, element_size: int, limits: Limits) -> GradTile:
     """Tile for S."""
     tile = EXPAND_SUMS_SINGLE if element_size == 4 else EXPAND_SUMS_HALF
     return tile._replace(BLOCK_N=16 if c_in <= 16 else _padded_least(c_in, 64, 32))
 
 
-def input_grad_tile(c_in: int, element_size: int) -> GradTile:
-    """Tile for dX."""
+@measured.choice("B3", _other_grad_tiles)
+def input_grad_tile(c_in: int, c_mid: int, element_size: int, limits: Limits) -> GradTile:
+    """Tile for dX, of dZ1 with c_mid channels, or of T with a c_mid of 0."""
     if c_in <= 16:
         return INPUT_GRAD_NARROW
     if element_size == 4:
@@ -182,7 +212,19 @@ class ProjectGradTile(NamedTuple):
     spill_bytes: int = 0
 
 
-def project_tile(c_out: int, element_size: int, limits: Limits) -> ProjectTile:
+def _other_project_tiles(default: ProjectTile, at: Mapping[str, Any]) -> Iterator[ProjectTile]:
+    return with_each(
+        default,
+        dict(BLOCK_M=default.BLOCK_M // 2),
+        dict(BLOCK_M=2 * default.BLOCK_M, num_warps=8),
+        dict(num_warps=8),
+        dict(BLOCK_K=64),
+        *(dict(num_stages=n) for n in (2, 4)),
+    )
+
+
+@measured.choice("P3", _other_project_tiles)
+def project_tile(c_mid: int, c_out: int, element_size: int, limits: Limits) -> ProjectTile:
     """Tile of pass P3: as many pixels as leave registers beside their sums of all of c_out.
 
     Sums in tensor memory come to registers whole for the moments, and by other instructions take more of them.
@@ -195,7 +237,15 @@ def project_tile(c_out: int, element_size: int, limits: Limits) -> ProjectTile:
     return ProjectTile(BLOCK_M, BLOCK_O, 32, num_warps=4, num_stages=3, spill_bytes=spill_bytes)
 
 
-def project_grad_tile(c_mid: int, c_out: int, element_size: int) -> ProjectGradTile:
+def _other_project_grad_tiles(default: ProjectGradTile, at: Mapping[str, Any]) -> Iterator[ProjectGradTile]:
+    """A warp multiplies 16 channels, and its sums of dW2 over all of c_out stay in registers."""
+    pixels = [dict(BLOCK_M=n) for n in (32, 64, 128)]
+    warps = [dict(BLOCK_E=16 * n, num_warps=n) for n in (1, 2, 4)]
+    return with_each(default, *pixels, *warps, *(dict(num_stages=n) for n in (1, 2, 3)))
+
+
+@measured.choice("B1", _other_project_grad_tiles)
+def project_grad_tile(c_mid: int, c_out: int, element_size: int, limits: Limits) -> ProjectGradTile:
     """Tile of pass B1."""
     if element_size == 4:  # twice the registers for factors, and twice the shared memory
         return ProjectGradTile(16, 16, num_warps=1, num_stages=1, spill_bytes=416)

@@ -13,18 +13,23 @@ from tqdm import tqdm
 from .common import INTERPRETED, Launch
 
 
-def compile_ahead(launches: Iterable[Launch], device: torch.device, *, progress: bool = True) -> int:
+def compile_ahead(
+    launches: Iterable[Launch], device: torch.device, *, progress: bool = True, ignore_errors: bool = False
+) -> int:
     """Compile what ``launches`` would run on ``device`` and haven't compiled yet; the number of them.
 
     Triton keeps the result in memory and in its cache on disk (``TRITON_CACHE_DIR``, else ``~/.triton/cache``). With
-    ``progress`` a bar is shown on a terminal. Where there is no GPU, or kernels are interpreted, nothing is compiled.
+    ``progress`` a bar is shown on a terminal. With ``ignore_errors`` a kernel that doesn't compile raises where it is
+    launched. Where there is no GPU, or kernels are interpreted, nothing is compiled.
     """
     if device.type != "cuda" or INTERPRETED:
         return 0
     launches = list(launches)
     workers = len(os.sched_getaffinity(0))
     bar = tqdm(desc="compiling kernels", total=0, leave=False, disable=None if progress else True)
-    with torch.cuda.device(device), bar, ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool) as mode:
+    pool = ThreadPoolExecutor(workers)
+    compiling = triton.AsyncCompileMode(pool, ignore_errors=ignore_errors)
+    with torch.cuda.device(device), bar, pool, compiling as mode:
         for launch in launches:
             known = len(mode.raw_futures)
             options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)

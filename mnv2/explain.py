@@ -1,7 +1,8 @@
 """Which path each layer of a network takes and why, what it moves, and what bounds it.
 
 Bytes come from the formulas beside the launchers, instructions from the record beside the tiles
-(``kernels/tiles.json``, compiled for sm_90 in half precision). Nothing is timed.
+(``kernels/tiles.json``, compiled for sm_90 in half precision). Nothing is timed here; what ``python -m bench.tune`` has
+timed on this device decides between paths and tiles, and is said.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from kernels import PackedBlock, common, tiles
+from kernels import PackedBlock, common, measured, tiles
 from kernels.block_inference_passes import chosen_tile, inverted_residual_bytes, inverted_residual_launches
 from kernels.common import Launch
 from kernels.head_inference import conv_relu6_mean_bytes, conv_relu6_mean_launch
@@ -70,9 +71,12 @@ class Explanation:
         torch_mb = math.fsum(plan.torch_mb for plan in self.plans)
         kernels_mb = math.fsum(plan.torch_mb if plan.kernels_mb is None else plan.kernels_mb for plan in self.plans)
         here = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "a CPU"
+        tuned = "measured on this device by `python -m bench.tune`"
+        if not measured.on(self.device):
+            tuned = "not measured on this device, defaults"
         lines = [
             f"{kind}, batch {self.batch}, on {here}. MB and bounds are an image's, with kernels on "
-            f"{device_of(self.device).name}: counted, not measured.",
+            f"{device_of(self.device).name}: counted, not measured. Tiles and paths: {tuned}.",
             *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows),
             f"all: {torch_mb:.2f} MB an image op by op, {kernels_mb:.2f} MB with the kernels",
         ]
@@ -97,11 +101,14 @@ def explain_unfolded(model: MobileNetV2, batch: int, resize: int, dtype: torch.d
         plan = LayerPlan(layer.name, _shape(layer), "torch", torch_mb=torch_mb)
         if layer.kind == "block":
             block = next(blocks)
-            if why := _why(partial(block.why_torch, layer, dtype)):
-                plan = replace(plan, why=why)
-            else:
-                touched = sum(traffic.touched for _, traffic in block.planned(batch, layer, dtype, training=False))
+            why = _why(partial(block.why_torch, layer, dtype))
+            if why is None:
+                with common.planned_for(weight.device):
+                    planned = block.planned(batch, layer, dtype, training=False)
+                touched = sum(traffic.touched for _, traffic in planned)
                 plan = replace(plan, path="kernels, unfolded", kernels_mb=touched / batch / MB)
+            advice = _advice("training block", layer, weight.device, dtype) if block.backend == "auto" else ""
+            plan = replace(plan, why=_joined(why, advice and f"in training {advice}"))
         plans.append(plan)
     return Explanation(tuple(plans), batch, dtype, weight.device)
 
@@ -112,6 +119,17 @@ def _why(ask: Callable[[], str | None]) -> str | None:
         return ask()
     except ValueError as error:
         return f"refused: {error}"
+
+
+def _advice(op: str, layer: LayerShape, device: torch.device, dtype: torch.dtype) -> str:
+    sizes = {"c_in": layer.c_in, "c_out": layer.c_out, "H": layer.height, "W": layer.width}
+    if layer.kind == "block":
+        sizes |= {"c_mid": layer.c_mid, "stride": layer.stride}
+    return measured.advice(op, device, dtype, **sizes)
+
+
+def _joined(*reasons: str | None) -> str:
+    return "; ".join(reason for reason in reasons if reason)
 
 
 def explain(network: InferenceNetwork, batch: int, resize: int, *, check: Tensor | None = None) -> Explanation:
@@ -129,10 +147,11 @@ def explain(network: InferenceNetwork, batch: int, resize: int, *, check: Tensor
     found: Sequence[int | None] = [None] * len(modules)
     if check is not None:
         found = _not_finite(modules, network.prepared(check))
-    plans = [
-        _plan(shape, module, batch, network, not_finite)
-        for shape, module, not_finite in zip(shapes, modules, found, strict=True)
-    ]
+    with common.planned_for(network.device):
+        plans = [
+            _plan(shape, module, batch, network, not_finite)
+            for shape, module, not_finite in zip(shapes, modules, found, strict=True)
+        ]
     return Explanation(tuple(plans), batch, network.dtype, network.device)
 
 
@@ -166,6 +185,8 @@ def _plan(
     if not isinstance(module, FoldedBlock | FoldedHead):
         return LayerPlan(layer.name, shape, "torch", torch_mb=torch_mb, not_finite=not_finite)
     why = _why(partial(module.why_torch, (batch, layer.c_in, layer.height, layer.width)))
+    op = "inference block" if isinstance(module, FoldedBlock) else "head"
+    advice = _advice(op, layer, network.device, network.dtype) if module.backend == "auto" else ""
     if isinstance(module, FoldedBlock):
         tile, touched, limits = _block_plan(module.packed, layer, batch, network)
     else:
@@ -175,7 +196,7 @@ def _plan(
         name=layer.name,
         shape=shape,
         path="kernels" if why is None else "torch",
-        why=why or "",
+        why=_joined(why, advice),
         tile=tile,
         torch_mb=torch_mb,
         kernels_mb=touched / batch / MB,
@@ -209,7 +230,9 @@ def _head_plan(module: FoldedHead, layer: LayerShape, batch: int) -> tuple[str, 
     features = common.allocate((batch, layer.c_out), x)
     moved = conv_relu6_mean_bytes(x, weight, bias, features)
     launch = conv_relu6_mean_launch(x, weight, bias, features)
-    tile = tiles.head_tile(layer.height * layer.width)
+    tile = tiles.head_tile(
+        layer.c_in, layer.c_out, layer.height * layer.width, x.element_size(), common.limits(x.device)
+    )
     limits = _bounds("head", layer, tile, launch, moved.touched, module.weight.device, weight.element_size() == 2)
     return f"{tile.BLOCK_P} pixels, {tile.BLOCK_O} channels, {tile.num_warps} warps", moved.touched, [limits]
 

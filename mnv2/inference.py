@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kernels import PackedBlock, common, conv_relu6_mean, reference
-from kernels.block_inference import refuse_gradient, run_kernels, why_torch
+from kernels.block_inference import refuse_gradient, run_kernels, why_torch_block
 from kernels.block_inference_passes import every_launch
 from kernels.common import BACKENDS, Launch, check_choice, check_padding
-from kernels.head_inference import conv_relu6_mean_launch
+from kernels.head_inference import conv_relu6_mean_launch, why_torch_head
 from kernels.warmup import compile_ahead
 
 from . import onednn
@@ -94,7 +94,7 @@ class FoldedBlock(_Folded):
 
     def why_torch(self, shape: tuple[int, ...]) -> str | None:
         """Why torch runs an input of ``shape``, or None where the kernels do."""
-        return why_torch(shape, self.packed.dtype, self.packed.device, self.backend)
+        return why_torch_block(shape, self.packed, self.shape.stride, self.backend)
 
     def launches(self, shape: tuple[int, ...]) -> list[Launch]:
         """What inputs of ``shape`` and smaller batches may launch."""
@@ -105,7 +105,7 @@ class FoldedBlock(_Folded):
         """Map ``[N, c_in, H, W]`` in channels_last to ``[N, c_out, ceil(H / stride), ceil(W / stride)]``."""
         common.check_nhwc("x", x)
         packed, shape = self.packed, self.shape
-        if why_torch(tuple(x.shape), packed.dtype, packed.device, self.backend) is None:
+        if why_torch_block(tuple(x.shape), packed, shape.stride, self.backend) is None:
             return run_kernels(x, packed, shape.stride, shape.residual, self.padding, self.relu6_input)
         if onednn.serves(x):  # and so the stem's ReLU6 is done
             return self._by_onednn(x)
@@ -153,7 +153,7 @@ class FoldedHead(_Folded):
 
     def why_torch(self, shape: tuple[int, ...]) -> str | None:
         """Why torch runs an input of ``shape``, or None where the kernel does."""
-        return why_torch(shape, self.weight.dtype, self.weight.device, self.backend)
+        return why_torch_head(shape, self.weight, self.backend)
 
     def launches(self, shape: tuple[int, ...]) -> list[Launch]:
         """What inputs of ``shape`` launch."""

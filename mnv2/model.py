@@ -206,7 +206,7 @@ class InvertedResidual(nn.Module):
         """
         w1, _, wd, _, w2, _ = self.operands()
         x = common.allocate((1, layer.c_in, layer.height, layer.width), wd, dtype)
-        return why_torch(x, w1, wd, w2, self.backend)
+        return why_torch(x, w1, wd, w2, layer.stride, self.backend)
 
     def planned(
         self, batch: int, layer: LayerShape, dtype: torch.dtype | None, *, training: bool

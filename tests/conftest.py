@@ -66,6 +66,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_measured():
+    """Whatever was measured on this machine, rules choose tiles, and "auto" takes the kernels where it can."""
+    from kernels import measured
+
+    with measured.planted({}):
+        yield
+
+
 @pytest.fixture
 def memory(request, monkeypatch):
     """Where a test of kernels places its inputs (``memory.place``) and where the kernels' own buffers lie."""

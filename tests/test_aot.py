@@ -304,7 +304,7 @@ def test_the_longest_bound_binds(facts, touched, name):
 def test_the_limits_and_the_devices_are_of_the_same_capabilities():
     assert sass.CAPABILITIES.keys() == roofline.DEVICES.keys()
     h100 = common.limits(torch.device("cpu"))
-    assert h100 == (roofline.DEVICES[90].processors, sass.CAPABILITIES[90].shared_block, False)
+    assert h100 == (roofline.DEVICES[90].processors, sass.CAPABILITIES[90].shared_block, False, "")
 
 
 @pytest.mark.parametrize(

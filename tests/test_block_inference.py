@@ -268,23 +268,24 @@ def test_what_no_backend_can_run(change, error, message):
 def test_auto_leaves_to_torch_what_kernels_cant_or_shouldnt_run(monkeypatch):
     half, single, cpu, gpu = torch.float16, torch.float32, torch.device("cpu"), torch.device("cuda")
     shape = (1, 8, 4, 4)
-    assert why_torch(shape, half, cpu, "auto") == "on a CPU"
-    assert why_torch(shape, half, cpu, "torch") == "asked for"
+    assert why_torch(shape, half, cpu, "auto", "head", c_out=8) == "on a CPU"
+    assert why_torch(shape, half, cpu, "torch", "head", c_out=8) == "asked for"
     monkeypatch.setattr(common, "unsupported_device", lambda device: None)
-    assert why_torch(shape, half, gpu, "auto") is None
-    assert "2^31 pixels" in why_torch((2**20, 8, 64, 64), half, gpu, "auto")
+    monkeypatch.setattr(common, "_limits", lambda device: common.Limits(132, 232448))
+    assert why_torch(shape, half, gpu, "auto", "head", c_out=8) is None
+    assert "2^31 pixels" in why_torch((2**20, 8, 64, 64), half, gpu, "auto", "head", c_out=8)
     with pytest.raises(ValueError, match=r"x: expected fewer than 2\^31 pixels"):
-        why_torch((2**20, 8, 64, 64), half, gpu, "triton")
-    assert "float64" in why_torch(shape, torch.float64, gpu, "auto")
+        why_torch((2**20, 8, 64, 64), half, gpu, "triton", "head", c_out=8)
+    assert "float64" in why_torch(shape, torch.float64, gpu, "auto", "head", c_out=8)
     with torch.backends.cudnn.flags(allow_tf32=False):
-        assert why_torch(shape, single, gpu, "auto") == "IEEE fp32 has no tensor cores"
-        assert why_torch(shape, single, gpu, "triton") is None
+        assert why_torch(shape, single, gpu, "auto", "head", c_out=8) == "IEEE fp32 has no tensor cores"
+        assert why_torch(shape, single, gpu, "triton", "head", c_out=8) is None
     with torch.backends.cudnn.flags(allow_tf32=True):
-        assert why_torch(shape, single, gpu, "auto") is None
+        assert why_torch(shape, single, gpu, "auto", "head", c_out=8) is None
     monkeypatch.setattr(common, "unsupported_device", lambda device: "expected another GPU")
-    assert why_torch(shape, half, gpu, "auto") == "expected another GPU"
+    assert why_torch(shape, half, gpu, "auto", "head", c_out=8) == "expected another GPU"
     with pytest.raises(ValueError, match="x: expected another GPU"):
-        why_torch(shape, half, gpu, "triton")
+        why_torch(shape, half, gpu, "triton", "head", c_out=8)
 
 
 def test_the_clamp_makes_nan_zero_where_torch_keeps_it(dtype, device, memory, clamps_drop_nan):

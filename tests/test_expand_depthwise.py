@@ -288,6 +288,9 @@ def test_statistics_that_are_no_numbers_make_their_channels_none(row, dtype, dev
     assert torch.equal(partials[:, 1:].isnan(), torch.cat([lost, lost]).expand(len(partials), -1))
 
 
+LIMITS = common.Limits(132, 0)
+
+
 def every_tile(choose):
     """Each tile that ``choose`` may take in half precision, at a stride of its own."""
     found = {}
@@ -303,11 +306,11 @@ def every_tile(choose):
 
 
 def forward_tile(c_in, c_mid, stride, W_out, expands):
-    return training_tiles.expand_tile(c_mid, stride, W_out, 2)
+    return training_tiles.expand_tile.default(c_in, c_mid, stride, W_out, 2, LIMITS)
 
 
 def backward_tile(c_in, c_mid, stride, W_out, expands):
-    return training_tiles.expand_grad_tile(c_in, c_mid, 8, stride, W_out, 2, common.Limits(132, 0), expands=expands)
+    return training_tiles.expand_grad_tile.default(c_in, c_mid, 8, stride, W_out, 2, LIMITS, expands=expands)
 
 
 def tile_operands(stride, device, memory):

@@ -188,8 +188,8 @@ def test_programs_that_go_through_tiles_of_which_the_last_may_be_empty(check, dt
 def test_the_tiles_of_tensor_memory(c_out, dtype, device, memory, monkeypatch):
     limits = common.Limits(1, 0, tensor_memory=True)
     monkeypatch.setattr(common, "limits", lambda device: limits)
-    sizes = {training_tiles.project_tile(width, 2, limits)[:3] for width in (72, 104)}
-    assert sizes == {training_tiles.project_tile(width, 2, limits)[:3] for width in range(65, 400)}
+    sizes = {training_tiles.project_tile.default(20, width, 2, limits)[:3] for width in (72, 104)}
+    assert sizes == {training_tiles.project_tile.default(20, width, 2, limits)[:3] for width in range(65, 400)}
     check_project(operands((2, 9, 5, 20, c_out), dtype, device, memory))
 
 
@@ -223,10 +223,11 @@ def test_the_cases_have_every_tile():
     c_mids = {c_mid for *_, c_mid, _ in CASES.values()}
     sizes = {(c_mid, c_out) for *_, c_mid, c_out in CASES.values()}
     limits = common.Limits(132, 0)
-    wanted = {training_tiles.project_tile(c_out, 2, limits) for c_out in range(1, 400)}
-    assert {training_tiles.project_tile(c_out, 2, limits) for _, c_out in sizes} == wanted
-    wanted = {training_tiles.project_grad_tile(c_mid, c_out, 2) for c_mid in range(1, 400) for c_out in range(1, 400)}
-    assert {training_tiles.project_grad_tile(*size, 2) for size in sizes} == wanted
+    wanted = {training_tiles.project_tile.default(20, c_out, 2, limits) for c_out in range(1, 400)}
+    assert {training_tiles.project_tile.default(20, c_out, 2, limits) for _, c_out in sizes} == wanted
+    rule = training_tiles.project_grad_tile.default
+    wanted = {rule(c_mid, c_out, 2, limits) for c_mid in range(1, 400) for c_out in range(1, 400)}
+    assert {rule(*size, 2, limits) for size in sizes} == wanted
     assert any(c_mid % 16 for c_mid in c_mids)
 
 
