@@ -69,6 +69,12 @@ lint: setup ## style, format and types
 bench: .venv/.bench ## the benchmarks, beside timm and transformers
 	$(PY) -m pytest bench
 
+report: setup ## the README's tables, and the plots, of bench/results
+	$(PY) -m bench.report
+
+tune: setup ## measure on this GPU which tiles and which paths are fastest
+	$(PY) -m bench.tune
+
 gpu: setup ## everything that needs a GPU
 	@$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "make gpu: torch sees no CUDA GPU here, so nothing was run"; exit 1; }
 	$(PY) -m pytest tests -m gpu --all
