@@ -10,10 +10,12 @@ import torch
 from forks import ROOT
 from processes import finish, fork
 
-from bench import bench_kernels, gpu_cases, gpu_tools, gpu_training, timing
+from bench import bench_kernels, gpu_cases, gpu_tools, gpu_training, network_cases, timing
 from bench.gpu_jobs import Job, planned
 from bench.gpu_tools import Case, Counted, Tools, checked, timed
-from kernels import common, roofline
+from bench.network_cases import NetworkJob
+from kernels import DepthwiseConv2d, common, roofline
+from mnv2 import MobileNetV2
 from mnv2.config import RunError
 from mnv2.model import LayerShape
 
@@ -181,3 +183,45 @@ def test_an_old_gpu_is_named(monkeypatch):
     assert problem.startswith(
         "needs another GPU: expected a GPU of compute capability 8.0 or newer, got 7.5 (Tesla T4)"
     )
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_a_network_is_right_and_gives_a_row(training, monkeypatch):
+    monkeypatch.setattr(network_cases, "OURS", "auto")  # torch's operations: the interpreter would take minutes
+    monkeypatch.setattr(network_cases, "LOSS_SCALE", 1.0)  # of so few pictures gradients are large
+    job = NetworkJob(0.35, 32, 4, training)
+    case = checked(lambda batch: network_cases.network_case(job, TOOLS, batch), job.batch)
+    seconds = timing.alternate(case.calls, 2, TOOLS.clock)
+    row = network_cases.row_of(case, seconds, TOOLS)
+    sides = [f"{side}{graph}" for graph in ("", "_graph") for side in ("ours", "eager", "compiled")]
+    assert row["case"] == f"{job}, fp16, batch 4"
+    assert [name for name in row if name.endswith("_images_per_s")] == [
+        *(f"{side}_images_per_s" for side in sides),
+        "bound_images_per_s",
+    ]
+    assert all(row[f"{side}_images_per_s"] == 4 / SECONDS for side in sides)
+    assert [row[f"{side}_peak_mib"] for side in sides[:3]] == [3, 3, 3]
+    assert len(row["ratios"]) == 6
+    assert row["bound_images_per_s"] == pytest.approx(3.35e12 / 1e6 / row["counted_mb_per_image"], rel=2e-3)
+    results = {side: call() for side, call in case.calls.items()}
+    for number in (0, -1):
+        wrong = list(results["ours"])
+        wrong[number] = wrong[number] * 1.5
+        with pytest.raises(AssertionError, match="(logits|loss|gradient .*), ours: "):
+            case.check({**results, "ours": wrong})
+
+
+def test_the_peer_of_a_network_is_the_network_and_compiles_whole():
+    torch.manual_seed(0)
+    model = MobileNetV2(0.1, 4, dropout=0.0)
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    network_cases.settle(model, x)
+    plain = network_cases.Plain(model)
+    assert not any(isinstance(module, DepthwiseConv2d) for module in plain.modules())
+    assert [*map(torch.Tensor.data_ptr, plain.parameters())] != [*map(torch.Tensor.data_ptr, model.parameters())]
+    torch._dynamo.reset()
+    compiled = torch.compile(plain, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(plain(x), compiled(x))
+        assert torch.allclose(plain(x), model(x), atol=1e-5 * model(x).abs().max().item())
+        assert model(x).abs().max() > 1e-3
