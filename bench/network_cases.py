@@ -190,22 +190,21 @@ def training(model: MobileNetV2, x: Tensor, tools: Tools) -> Sides:
     def check(results: Mapping[str, Any]) -> None:
         loss, *grads = gradients(exact, list(exact.parameters()), x, labels, half=False)
         hold("loss", {side: (result[0],) for side, result in results.items()}, [loss.double()], None)
-        largest = max(grad.abs().max().item() for grad in grads)
         for number, truth in enumerate(grads, 1):
             for side, result in results.items():
-                assert_gradient(f"gradient {number}, {side}", result[number], truth, results["eager"][number], largest)
+                assert_gradient(f"gradient {number}, {side}", result[number], truth, results["eager"][number])
 
     return {name: Step(network, trained, x, labels) for name, (network, trained) in sides.items()}, check
 
 
-def assert_gradient(name: str, got: Tensor, truth: Tensor, eager: Tensor, largest: float) -> None:
-    """Hold a parameter's gradient, by its mean error, to twice eager's, what flips of ReLU6 do, and a rounding.
+def assert_gradient(name: str, got: Tensor, truth: Tensor, eager: Tensor) -> None:
+    """Hold a parameter's gradient, by its mean error, to four times eager's and what flips of ReLU6 may do.
 
-    The last is of the network's ``largest`` gradient: in truth that of a bias is zero where BatchNorm follows.
+    Of a bias that BatchNorm follows the gradient is zero in truth, and nothing but rounding is compared.
     """
     error, theirs = ((one.double() - truth.double()).square().mean().sqrt().item() for one in (got, eager))
-    allowed = 2 * theirs + FLIPS * truth.double().square().mean().sqrt().item() + torch.finfo(DTYPE).eps * largest
-    assert error <= allowed, f"{name}: mean error {error:.3e}, allowed {allowed:.3e}"  # which NaN isn't
+    allowed = 4 * theirs + FLIPS * truth.double().square().mean().sqrt().item()
+    assert error <= allowed, f"{name}: mean error {error:.3e}, allowed {allowed:.3e}"  # as NaN never is
 
 
 def row_of(case: NetworkCase, seconds: Mapping[str, list[float]], tools: Tools) -> dict[str, Any]:
