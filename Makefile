@@ -4,6 +4,7 @@ PYTHON ?= python3
 EXTRAS ?= test
 PY := .venv/bin/python
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+MINUTES ?= 30
 DEMO := build/demo
 DIGITS := build/digits
 DEMO_NETWORK := --alpha 0.35 --resize 32 --preprocessing torchvision --data_url $(DIGITS)
@@ -62,10 +63,8 @@ lint: setup ## style, format and types
 bench: setup ## the benchmarks
 	$(PY) -m pytest bench
 
-gpu: setup ## everything that needs a GPU
-	@$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "make gpu: torch sees no CUDA GPU here, so nothing was run"; exit 1; }
-	$(PY) -m pytest tests -m gpu --all
-	$(PY) -m pytest bench
+gpu: setup ## everything that needs a GPU, in MINUTES=30; goes on where it stopped
+	$(PY) -m bench.gpu --minutes $(MINUTES)
 
 clean: ## remove what the other targets made
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
