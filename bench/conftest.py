@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench import gpu_tools, results, timing
+from bench.parity import ieee
 
 ROUNDS, QUICK_ROUNDS = 30, 10  # on a GPU
 
@@ -35,8 +36,7 @@ def gpu():
     """The GPU of a benchmark that needs one, where cuDNN looks for the fastest algorithm and fp32 is IEEE."""
     if problem := gpu_tools.missing_gpu():
         pytest.skip(problem)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+    with ieee(benchmark=True):
         yield torch.device("cuda", torch.cuda.current_device())
 
 

@@ -23,7 +23,7 @@ from .results import surroundings
 # As ``nvidia-smi --help-query-gpu`` names them.
 QUERIED = (
     *("name", "driver_version", "memory.total", "memory.free", "persistence_mode", "power.limit", "temperature.gpu"),
-    *("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "clocks_throttle_reasons.active"),
+    *("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
 )
 
 

@@ -189,7 +189,8 @@ def ratios(
 def timed(case: Case, tools: Tools, side_by_side: Callable[..., dict[str, list[float]]]) -> dict[str, Any]:
     """Time a checked case; its row of figures.
 
-    Rates are bytes by our formulas (``counted_mb``) over our time. What starts with ``bound`` is counted too.
+    The rate is of bytes by our formulas (``counted_mb``), by the replay where that takes less. What starts with
+    ``bound`` is counted and not measured.
     """
     seconds = side_by_side(case.calls, tools.rounds, tools.clock)
     best = min(median(seconds[name]) for name in ("ours", "ours" + GRAPH) if name in seconds)

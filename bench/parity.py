@@ -12,10 +12,28 @@ torch's: sums that are rounded on the way hide under the largest error, but not 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 LARGE = 512  # elements, from which a mean says something
+
+
+@contextmanager
+def ieee(*, benchmark: bool = False) -> Iterator[None]:
+    """Inside, torch computes fp32 on a GPU without TF32: convolutions, by cuDNN, and products of matrices.
+
+    An environment's variable may have allowed it for these. ``benchmark`` has cuDNN look for the fastest algorithm.
+    """
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
+            yield
+    finally:
+        products.allow_tf32 = before
 
 
 def assert_parity(

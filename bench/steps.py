@@ -88,7 +88,7 @@ def run_steps(steps: Sequence[Step], folder: Path, key: Mapping[str, Any], *, ag
             return 130
         seconds = time.monotonic() - start
         spare = max(0.0, limit - seconds)
-        print("".join(f"    {line}\n" for line in tail(log)), end="")
+        print("".join(f"    {line}\n" for line in tail(log)), end="", flush=True)
         state.put(step, FAILED if problem else DONE, seconds, problem)
         if problem:
             advice = step.advice.format(log=shown(log))

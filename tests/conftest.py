@@ -48,14 +48,11 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def device(request, monkeypatch):
-    """Where the kernels run; in ttsem, a CPU that answers to "cuda".
-
-    What torch computes there in fp32 is IEEE: convolutions, by cuDNN, and matrix products, which an environment's
-    variable may have set to TF32.
-    """
+    """Where the kernels run, torch beside them in IEEE fp32; in ttsem, a CPU that answers to "cuda"."""
     if not request.config.getoption("--sanitize"):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        from bench.parity import ieee
+
+        with ieee():
             yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return
     from ttsem import sanitize

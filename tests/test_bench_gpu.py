@@ -14,6 +14,7 @@ from bench import bench_kernels, gpu_cases, gpu_tools, gpu_training, network_cas
 from bench.gpu_jobs import Job, planned
 from bench.gpu_tools import Case, Counted, Tools, checked, timed
 from bench.network_cases import NetworkJob
+from bench.parity import ieee
 from kernels import DepthwiseConv2d, common, roofline
 from mnv2 import MobileNetV2
 from mnv2.config import RunError
@@ -39,7 +40,7 @@ def block(c_in: int, c_mid: int, c_out: int, side: int, stride: int = 1) -> Laye
     return LayerShape("a block", "block", c_in, c_mid, c_out, side, side, out, out, stride, residual, expand)
 
 
-THIN, BROAD, FIRST = block(8, 24, 8, 6), block(40, 48, 16, 5, 2), block(16, 16, 8, 6)
+THIN, BROAD, FIRST = block(8, 24, 8, 6), block(40, 48, 16, 3, 2), block(16, 16, 8, 6)
 HEAD = LayerShape("head", "head", 16, 16, 24, 3, 3, 3, 3)
 JOBS = [
     *[Job("depthwise", THIN, "fp16", 2, kind) for kind in gpu_cases.KINDS],
@@ -225,3 +226,17 @@ def test_the_peer_of_a_network_is_the_network_and_compiles_whole():
         assert torch.equal(plain(x), compiled(x))
         assert torch.allclose(plain(x), model(x), atol=1e-5 * model(x).abs().max().item())
         assert model(x).abs().max() > 1e-3
+
+
+def test_fp32_is_ieee_by_cudnn_inside_and_as_it_was_after():
+    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, common.tf32_allowed(), cudnn.enabled, cudnn.benchmark
+    products.allow_tf32 = True
+    try:
+        with ieee(benchmark=True):
+            inside = products.allow_tf32, common.tf32_allowed(), cudnn.enabled, cudnn.benchmark
+        assert inside == (False, False, True, True)
+        assert products.allow_tf32
+    finally:
+        products.allow_tf32 = before[0]
+    assert before == (products.allow_tf32, common.tf32_allowed(), cudnn.enabled, cudnn.benchmark)
