@@ -40,16 +40,15 @@ def block(c_in: int, c_mid: int, c_out: int, side: int, stride: int = 1) -> Laye
     return LayerShape("a block", "block", c_in, c_mid, c_out, side, side, out, out, stride, residual, expand)
 
 
-THIN, BROAD, FIRST = block(8, 24, 8, 6), block(40, 48, 16, 3, 2), block(16, 16, 8, 6)
+THIN, SMALL, FIRST = block(8, 24, 8, 4), block(8, 16, 8, 2), block(16, 16, 8, 5, 2)
 HEAD = LayerShape("head", "head", 16, 16, 24, 3, 3, 3, 3)
 JOBS = [
     *[Job("depthwise", THIN, "fp16", 2, kind) for kind in gpu_cases.KINDS],
-    Job("depthwise", BROAD, "fp16", 2, "both gradients"),
-    Job("inference block", THIN, "fp16", 10),  # more images than are compared
+    Job("depthwise", FIRST, "fp16", 2, "both gradients"),
+    Job("inference block", SMALL, "fp16", 10),  # more images than are compared
     Job("inference block", FIRST, "fp16", 1),
     Job("inference head", HEAD, "fp16", 2),
     Job("training block", THIN, "fp16", 2),
-    Job("training block", BROAD, "fp16", 2),
 ]
 
 
@@ -101,7 +100,7 @@ def test_each_pass_has_a_case_and_the_finalisers_one(layer):
     cases[gpu_training.FINALISERS].calls["ours"]()
 
 
-@pytest.mark.parametrize("job", [JOBS[3], JOBS[6], JOBS[-2]], ids=str)
+@pytest.mark.parametrize("job", [JOBS[3], JOBS[6], JOBS[-1]], ids=str)
 def test_a_wrong_result_is_refused(job):
     case = built(job)
     results = {side: list(case.calls[side]()) for side in ("eager", "ours", "compiled")}
