@@ -69,7 +69,7 @@ def depthwise_case(job: Job, tools: Tools, batch: int) -> Case:
         }
 
         def check(results: Results) -> None:
-            hold("Y", results, one(twin, ends(x).double(), weight.double()), batch)
+            hold("Y", results, one(twin, ends(x).double(), weight.double()))
 
         return Case(job.name(batch), batch, calls, check, counts(depthwise_plan, job, tools, batch))
     wanted = GRADIENTS[job.kind]
@@ -86,11 +86,11 @@ def depthwise_case(job: Job, tools: Tools, batch: int) -> Case:
         if wanted[0]:
             first = {side: result[:1] for side, result in results.items()}
             truth = torch_gradients(ends(dy).double(), ends(x).double(), weight.double(), stride, (True, False))
-            hold("dX", first, truth, batch)
+            hold("dX", first, truth)
         if wanted[1]:
             last = {side: result[-1:] for side, result in results.items()}
             truth = torch_gradients(dy.double(), x.double(), weight.double(), stride, (False, True))
-            hold("dW", last, truth, None)
+            hold("dW", last, truth, images=False)
 
     return Case(job.name(batch), batch, calls, check_gradients, counts(depthwise_plan, job, tools, batch))
 
@@ -151,7 +151,7 @@ def inference_case(job: Job, tools: Tools, batch: int) -> Case:
 
     def check(results: Results) -> None:
         exact = PackedBlock(*(None if tensor is None else tensor.double() for tensor in packed))
-        hold("Y", results, one(twin, ends(x).double(), reference.unpacked(exact)), batch)
+        hold("Y", results, one(twin, ends(x).double(), reference.unpacked(exact)))
 
     return Case(job.name(batch), batch, calls, check, on_record(job, tools, batch))
 
@@ -171,7 +171,7 @@ def head_case(job: Job, tools: Tools, batch: int) -> Case:
 
     def check(results: Results) -> None:
         truth = one(reference.conv_relu6_mean, ends(x).double(), weight.double(), bias.double())
-        hold("features", results, truth, batch)
+        hold("features", results, truth)
 
     return Case(job.name(batch), batch, calls, check, on_record(job, tools, batch))
 

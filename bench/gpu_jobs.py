@@ -62,9 +62,9 @@ def planned(plan: Plan, job: Job, device: torch.device, batch: int | None = None
         return plan(job, batch or job.batch, job.like(META))
 
 
-def counts(plan: Plan, job: Job, tools: Tools, batch: int, facts: Sequence[Mapping[str, Any] | None] = ()) -> Counted:
+def counts(plan: Plan, job: Job, tools: Tools, batch: int) -> Counted:
     """What is counted of our launches."""
-    return counted(planned(plan, job, tools.device, batch), tools.device, facts)
+    return counted(planned(plan, job, tools.device, batch), tools.device)
 
 
 def randn(*shape: int, like: Tensor) -> Tensor:
@@ -81,16 +81,16 @@ def ends(images: Tensor) -> Tensor:
     return joined.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else joined
 
 
-def hold(name: str, results: Results, truths: Sequence[Tensor], batch: int | None) -> None:
+def hold(name: str, results: Results, truths: Sequence[Tensor], *, images: bool = True) -> None:
     """Hold all ``results`` to the ``truths``: ours by the largest error, peers by the mean.
 
-    Where ``batch`` is given, the truths are of the ends of so many images.
+    Of ``images`` the truths are those of the ends.
     """
     for number, truth in enumerate(truths):
         found = {side: result[number] for side, result in results.items()}
         for side, tensor in found.items():
             assert tensor.isfinite().all(), f"{name}, {side}: not all of its numbers are finite"
-        if batch is not None:
+        if images:
             found = {side: ends(tensor) for side, tensor in found.items()}
         for side, tensor in found.items():
             if side.startswith("ours"):

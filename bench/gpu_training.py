@@ -91,7 +91,7 @@ def training_case(job: Job, tools: Tools, batch: int, *, alone: bool = False) ->
     def check(results: Results) -> None:
         x32, operands32 = exact(x, operands)
         y, dx, *grads = (value.double() for value in forward_backward(twin, x32, operands32, dy.float()))
-        hold("Y", results, [ends(y)], batch)
+        hold("Y", results, [ends(y)])
         scale = max(grad.abs().max().item() for grad in (dx, *grads))
         for number, truth in enumerate((dx, *grads), 1):
             found = {side: result[number] for side, result in results.items()}
