@@ -29,6 +29,7 @@ def steps(minutes: float) -> list[Step]:
     """All steps, to end within ``minutes``."""
     seconds = {name: 60 * minutes * share / sum(SHARES.values()) for name, share in SHARES.items()}
     whole = minutes >= WHOLE
+    extent = "whole" if whole else "quick"
     folder = shown(FOLDER)
     gpus = torch.cuda.device_count()
     tuning = f"{0.9 * seconds['tune'] / 60:.1f}"  # the rest is for starting and writing
@@ -44,6 +45,7 @@ def steps(minutes: float) -> list[Step]:
             tests(whole),
             seconds["tests"],
             "see {log}; run the test that it names last by itself, with `python -m pytest -x`",
+            extent=extent,
         ),
         Step(
             "dali",
@@ -62,6 +64,7 @@ def steps(minutes: float) -> list[Step]:
             (pytest("bench", "--record", *([] if whole else ["--quick"])),),
             seconds["bench"],
             "see {log}; run the benchmark that it names by itself, with `python -m pytest -x -s bench/FILE -k NAME`",
+            extent=extent,
         ),
         Step(
             "training",

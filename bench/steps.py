@@ -26,7 +26,8 @@ DONE, NOT_RUN, FAILED = "done", "not run", "failed"
 class Step:
     """Commands that run one after the other for at most ``seconds``, and what to do where one fails.
 
-    In ``advice`` ``{log}`` stands for the file of its output. A step with ``why_not`` isn't run, for that reason.
+    In ``advice`` ``{log}`` stands for the file of its output. A step with ``why_not`` isn't run, for that reason. One
+    that was done to another ``extent`` isn't done.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Step:
     seconds: float
     advice: str
     why_not: str = ""
+    extent: str = ""
 
 
 class State:
@@ -49,14 +51,13 @@ class State:
                     self._content = found
 
     def finished(self, step: Step) -> bool:
-        """Whether the step has been done with these commands."""
+        """Whether the step has been done."""
         found = self._content["steps"].get(step.name, {})
-        return found.get("status") == DONE and found.get("commands") == [list(words) for words in step.commands]
+        return found.get("status") == DONE and found.get("extent") == step.extent
 
     def put(self, step: Step, status: str, seconds: float = 0.0, why: str = "") -> None:
         """Record how the step went; the file is there whole or as it was."""
-        commands = [list(words) for words in step.commands]
-        entry = {"status": status, "seconds": round(seconds, 1), "why": why, "commands": commands}
+        entry = {"status": status, "seconds": round(seconds, 1), "why": why, "extent": step.extent}
         self._content["steps"][step.name] = entry
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(self._content, indent=2) + "\n")

@@ -90,8 +90,8 @@ def test_what_starts_anew(tmp_path, key, again, steps_again):
     assert len(order(tmp_path)) == 2 + steps_again
 
 
-def test_a_step_with_other_commands_is_done_again_and_a_broken_state_is_none(tmp_path):
-    assert run_steps([python("a", noted(tmp_path, "quick"))], tmp_path, KEY) == 0
+def test_a_step_to_another_extent_is_done_again_and_a_broken_state_is_none(tmp_path):
+    assert run_steps([python("a", noted(tmp_path, "quick"), extent="quick")], tmp_path, KEY) == 0
     assert run_steps([python("a", noted(tmp_path, "whole"))], tmp_path, KEY) == 0
     for text in ("{", "[]", '{"key": 1}'):
         (tmp_path / steps.STATE).write_text(text)
@@ -182,6 +182,10 @@ def test_the_steps_and_their_time(monkeypatch):
     assert words["bench"] == ["-m pytest bench --record"]
     assert not any("--all" in command for step in quick for command in step.commands)
     assert "--quick" in quick[4].commands[0]
+    assert [step.name for step, other in zip(whole, quick, strict=True) if step.extent != other.extent] == [
+        "tests",
+        "bench",
+    ]
     assert quick[6].why_not == "it needs two GPUs, torch sees 1"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert not any(step.why_not for step in gpu_steps.steps(30))
