@@ -4,12 +4,13 @@ PYTHON ?= python3
 EXTRAS ?= test
 PY := .venv/bin/python
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+MINUTES ?= 30
 DEMO := build/demo
 DIGITS := build/digits
 DEMO_NETWORK := --alpha 0.35 --resize 32 --preprocessing torchvision --data_url $(DIGITS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all sanitize aot bench-static lint bench gpu clean
+.PHONY: help setup demo test test-all sanitize aot bench-static lint bench report tune gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -75,10 +76,8 @@ report: setup ## the README's tables, and the plots, of bench/results
 tune: setup ## measure on this GPU which tiles and which paths are fastest
 	$(PY) -m bench.tune
 
-gpu: setup ## everything that needs a GPU
-	@$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "make gpu: torch sees no CUDA GPU here, so nothing was run"; exit 1; }
-	$(PY) -m pytest tests -m gpu --all
-	$(PY) -m pytest bench
+gpu: .venv/.bench ## everything that needs a GPU, in MINUTES=30; goes on where it stopped
+	$(PY) -m bench.gpu --minutes $(MINUTES)
 
 clean: ## remove what the other targets made
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

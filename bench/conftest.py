@@ -4,17 +4,46 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench import results, timing
+from bench import gpu_tools, results, timing
+from bench.parity import ieee
+
+ROUNDS, QUICK_ROUNDS = 30, 10  # on a GPU
 
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="write the figures to bench/results/")
     parser.addoption("--record-to", metavar="DIR", help="write the figures to DIR")
+    parser.addoption("--quick", action="store_true", help="fewer rounds on a GPU")
+    with suppress(ValueError):  # the tests have it too, where both folders are named
+        parser.addoption("--all", action="store_true", help="every case, where the default is a reasoned sample")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("exhaustive")])
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """The GPU of a benchmark that needs one, where cuDNN looks for the fastest algorithm and fp32 is IEEE."""
+    if problem := gpu_tools.missing_gpu():
+        pytest.skip(problem)
+    with ieee(benchmark=True):
+        yield torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(scope="session")
+def tools(request, gpu) -> gpu_tools.Tools:
+    """What measures on the GPU."""
+    return gpu_tools.on_gpu(gpu, rounds=QUICK_ROUNDS if request.config.getoption("--quick") else ROUNDS)
 
 
 @pytest.fixture

@@ -62,11 +62,13 @@ class TuneConfig:
     variants: bool = option(False, "the shapes of all published variants too")
     dtype: str = option("fp16", "type of the activations", choices=tuple(DTYPES))
     batch: int = option(256, "pictures in a batch that is timed")
-    minutes: int = option(60, "no job is begun after so long")
+    minutes: float = option(60.0, "no job is begun after so long")
     json: str = option(str(measured.TABLES), "the tables, read and written again", metavar="FILE")
 
     def __post_init__(self) -> None:
-        check_sizes(self.alpha, resize=self.resize, batch=self.batch, minutes=self.minutes)
+        check_sizes(self.alpha, resize=self.resize, batch=self.batch)
+        if not self.minutes > 0:
+            raise InputError(f"minutes: expected a positive number, got {self.minutes:g}")
 
 
 def winner(seconds: Mapping[Name, Sequence[float]], first: Name) -> Name:

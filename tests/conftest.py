@@ -8,6 +8,7 @@ kernel and stops at a race between programs, an access outside a tensor, a read 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ TEST_DATA = "MNV2_TEST_DATA"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="every case, where the default is a reasoned sample")
+    with suppress(ValueError):  # the benchmarks have it too, where both folders are named
+        parser.addoption("--all", action="store_true", help="every case, where the default is a reasoned sample")
     parser.addoption("--sanitize", action="store_true", help="run the tests of kernels' numbers alone, in ttsem")
 
 
@@ -46,9 +48,11 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def device(request, monkeypatch):
-    """Where the kernels run; in ttsem, a CPU that answers to "cuda". Convolutions in fp32 are IEEE there."""
+    """Where the kernels run, torch beside them in IEEE fp32; in ttsem, a CPU that answers to "cuda"."""
     if not request.config.getoption("--sanitize"):
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        from bench.parity import ieee
+
+        with ieee():
             yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return
     from ttsem import sanitize
@@ -109,9 +113,12 @@ def clamps_drop_nan(monkeypatch):
 
 @pytest.hookimpl(tryfirst=True)  # before -m picks by marks
 def pytest_collection_modifyitems(config, items):
+    def marked(item, name):  # a keyword is the name of a folder above it too
+        return item.get_closest_marker(name) is not None
+
     def wanted(item):
-        numbers, exhaustive = "memory" in item.fixturenames, "exhaustive" in item.keywords
-        if "one_type" in item.keywords and {"dtype", "device"} <= set(item.fixturenames):
+        numbers, exhaustive = "memory" in item.fixturenames, marked(item, "exhaustive")
+        if marked(item, "one_type") and {"dtype", "device"} <= set(item.fixturenames):
             exhaustive = exhaustive or item.callspec.params["dtype"] != dtypes(config)[-1]
         return (numbers or not config.getoption("--sanitize")) and (not exhaustive or config.getoption("--all"))
 
@@ -121,7 +128,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if gpu and "device" in item.fixturenames:
             item.add_marker("gpu")
-        elif not gpu and "gpu" in item.keywords:
+        elif not gpu and marked(item, "gpu"):
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA GPU here"))
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_parity
 
 from bench.count import count
+from bench.parity import assert_parity
 from kernels import (
     PackedBlock,
     block_inference_passes,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import Calls, assert_parity
+from numerics import Calls
 
+from bench.parity import assert_parity
 from kernels import DepthwiseConv2d, depthwise, depthwise_conv2d, depthwise_passes, partials, reference
 from mnv2.model import layer_shapes
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_parity
 from test_project import assert_moments, assert_near, column, image, tolerance
 from test_traffic import assert_counted, interpreted, nhwc
 from torch import Tensor
 
+from bench.parity import assert_parity
 from kernels import common, reference, training_tiles
 from kernels.expand_depthwise import expand_depthwise_bytes, expand_depthwise_launch
 from kernels.expand_depthwise_grads import expand_depthwise_grads_bytes, expand_depthwise_grads_launch

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import Calls, GuardedMemory, assert_parity
+from numerics import Calls, GuardedMemory
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from bench.parity import assert_alike, assert_parity
 from kernels import BatchNorm, common, inverted_residual, reference
 from kernels import inverted_residual_passes as passes
 from kernels.moments import KAPPA_MAX
@@ -172,14 +173,6 @@ def assert_block(case: Case, dtype: torch.dtype, device: torch.device, memory: A
             check(name, lambda result, name=name: result[2][name], rounding)
         else:
             assert got[2][name] == truth
-
-
-def assert_alike(name: str, got: Tensor, truth: Tensor, torchs: Tensor, scale: float) -> None:
-    """The parity rule for the mean error: a number that rounding moves over an edge of ReLU6 moves a whole gradient."""
-    assert got.dtype == torchs.dtype
-    error, torchs_error = ((one.double().cpu() - truth).square().mean().sqrt() for one in (got, torchs))
-    allowed = 2 * torchs_error + torch.finfo(torch.float16).eps * scale
-    assert error <= allowed, f"{name}: mean error {error:.3e}, allowed {allowed:.3e}"
 
 
 @pytest.fixture

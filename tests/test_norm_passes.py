@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_parity
 from test_traffic import assert_counted, interpreted, nhwc
 
+from bench.parity import assert_parity
 from kernels import common, norm_passes, training_tiles
 
 pytestmark = pytest.mark.one_type

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_parity
 from test_traffic import assert_counted, interpreted, nhwc
 from torch import Tensor
 
+from bench.parity import assert_parity
 from kernels import common, project, training_tiles, weights
 from mnv2.model import layer_shapes
 

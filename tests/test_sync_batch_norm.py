@@ -11,11 +11,11 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.distributed as dist
-from numerics import assert_parity
 from processes import ROOT, free_port, run
 from torch import nn
 from torch.nn import functional as F
 
+from bench.parity import assert_parity
 from kernels import BatchNorm, ranks, reference
 from kernels.sync_batch_norm import SyncBatchNorm2d, convert_sync_batchnorm, sync_batch_norm
 from mnv2 import MobileNetV2

@@ -1,0 +1,99 @@
+"""The steps of ``python -m bench.gpu``: their commands, shares of the time, and what to do where one fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import torch
+
+from .steps import ROOT, Step, shown
+
+FOLDER = ROOT / "build" / "gpu"
+WHOLE = 30.0  # minutes from which everything runs whole
+# Parts of the time; triton's first compiling of every case is most of the tests'.
+SHARES = {
+    "environment": 1,
+    "tests": 9,
+    "dali": 1,
+    "tune": 6,
+    "bench": 8,
+    "training": 2,
+    "two-ranks": 2,
+    "report": 1,
+}
+IN_PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")  # compiling takes the CPU's cores
+
+
+def steps(minutes: float) -> list[Step]:
+    """All steps, to end within ``minutes``."""
+    seconds = {name: 60 * minutes * share / sum(SHARES.values()) for name, share in SHARES.items()}
+    whole = minutes >= WHOLE
+    extent = "whole" if whole else "quick"
+    folder = shown(FOLDER)
+    gpus = torch.cuda.device_count()
+    tuning = f"{0.9 * seconds['tune'] / 60:.1f}"  # the rest is for starting and writing
+    return [
+        Step(
+            "environment",
+            (module("environment", f"{folder}/environment.json"),),
+            seconds["environment"],
+            "see {log}; `nvidia-smi` must list the GPU, and torch's CUDA must be one that its driver supports",
+        ),
+        Step(
+            "tests",
+            tests(whole),
+            seconds["tests"],
+            "see {log}; run the test that it names last by itself, with `python -m pytest -x`",
+            extent=extent,
+        ),
+        Step(
+            "dali",
+            (module("dali_gpu"),),
+            seconds["dali"],
+            "see {log}; `python -m bench.dali_gpu` again; DALI's package must be the one for torch's CUDA",
+        ),
+        Step(
+            "tune",
+            (module("tune", "--minutes", tuning),),
+            seconds["tune"],
+            "see {log}; `python -m bench.tune` again, which says what it is about to measure",
+        ),
+        Step(
+            "bench",
+            (pytest("bench", "--record", *([] if whole else ["--quick"])),),
+            seconds["bench"],
+            "see {log}; run the benchmark that it names by itself, with `python -m pytest -x -s bench/FILE -k NAME`",
+            extent=extent,
+        ),
+        Step(
+            "training",
+            (module("training_curves", "--json", f"{folder}/training.json"),),
+            seconds["training"],
+            f"see {{log}}; the curves are in {folder}/training.json",
+        ),
+        Step(
+            "two-ranks",
+            (module("two_ranks", f"{folder}/two-ranks"),),
+            seconds["two-ranks"],
+            "see {log}; `NCCL_DEBUG=INFO python -m bench.two_ranks build/gpu/two-ranks` says more",
+            why_not="" if gpus >= 2 else f"it needs two GPUs, torch sees {gpus}",
+        ),
+        Step("report", (module("report"),), seconds["report"], "see {log}; `python -m bench.report` again"),
+    ]
+
+
+def tests(whole: bool) -> tuple[tuple[str, ...], ...]:
+    """Those of the kernels, which run on the GPU, and then all others; every case where there is time for them."""
+    words = ["-x", *(["--all"] if whole else []), *(IN_PARALLEL if importlib.util.find_spec("xdist") else ())]
+    return pytest("tests", "-m", "gpu", *words), pytest("tests", "-m", "not gpu", *words)
+
+
+def pytest(*words: str) -> tuple[str, ...]:
+    """A command of pytest."""
+    return sys.executable, "-m", "pytest", *words
+
+
+def module(name: str, *words: str) -> tuple[str, ...]:
+    """A command of a module of the benchmarks."""
+    return sys.executable, "-m", f"bench.{name}", *words
