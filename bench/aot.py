@@ -48,6 +48,7 @@ from bench.cases import (
     training_of_network,
     work_of,
 )
+from bench.files import replace_file
 from bench.sass import Facts
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ def write_record(path: Path, command: str, rows: Iterable[Row], compiled: Mappin
         json.dumps(report(row, good[row.key])) for row in sorted(rows, key=lambda row: row.case) if row.key in good
     )
     text = f'{json.dumps(head)[:-1]},\n"compiled": {{\n{kernels}\n}},\n"rows": [\n{lines}\n]}}\n'
-    tile_record.replace_file(path, text)
+    replace_file(path, text)
 
 
 def table(reports: Sequence[Facts]) -> str:

@@ -195,8 +195,8 @@ def on_record(job: Job, tools: Tools, batch: int) -> Counted:
     """Counts with the facts of the kernels that were compiled for the record beside the tiles."""
     layer, calls = job.layer, planned(inference_plan, job, tools.device, batch)
     if layer.kind == "head":
-        tile: Any = tiles.head_tile(layer.height * layer.width)
-        c_mid = layer.height * layer.width
+        c_mid, limits = layer.height * layer.width, common.limits(tools.device)
+        tile: Any = tiles.head_tile(layer.c_in, layer.c_out, c_mid, job.like(META).element_size(), limits)
     else:
         x, packed, _ = block_tensors(block_of(layer), batch, job.like(META))
         tile = block_inference_passes.chosen_tile(x, packed, layer.stride, common.limits(tools.device))

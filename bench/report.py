@@ -84,7 +84,7 @@ def drawn(results: Path, suites: Mapping[str, Sequence[Mapping[str, Any]]], refr
 def make(config: ReportConfig) -> None:
     """Make tables and plots, then write those that differ from what is there, or with ``check`` name them."""
     from . import tables
-    from .tile_record import replace_file
+    from .files import replace_file
 
     results, readme = Path(config.results or RESULTS), Path(config.readme or README)
     if not results.is_dir():

@@ -23,6 +23,8 @@ import torch
 from mnv2.config import InputError
 from mnv2.logs import versions
 
+from .files import replace_file
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("pillow", "timm", "transformers")
 
@@ -76,9 +78,4 @@ def merge(path: Path, row: Mapping[str, Any]) -> None:
     """Put ``row`` into the file of results at ``path``, in place of the one of its case and device."""
     rows = [old for old in read(path) if (old["case"], old["device"]) != (row["case"], row["device"])] + [dict(row)]
     ratios = [{**ratio, "device": row["device"]} for row in rows for ratio in row.get("ratios", [])]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps({"rows": rows, "ratios": ratios}, indent=2) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, json.dumps({"rows": rows, "ratios": ratios}, indent=2) + "\n")

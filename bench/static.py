@@ -34,9 +34,10 @@ from mnv2.config import InputError, RunError, exit_status, option, parse
 from mnv2.logs import versions
 from mnv2.model import VARIANTS, layer_shapes
 
-from . import aot, executions, memory, sass, tile_record
+from . import aot, executions, memory, sass
 from .cases import BATCH, Case, every, sample
 from .figures import run_interpreted
+from .files import replace_file
 from .results import RESULTS
 
 RECORD = RESULTS / "static.json"
@@ -148,7 +149,7 @@ def write(path: Path, figures: Figures) -> None:
     """Replace the record: a line a case, in the order in which they are counted."""
     head = json.dumps({"command": RECORDING["bytes"], "versions": versions()})[:-1]
     lines = ",\n".join(json.dumps({"case": case, **found}) for case, found in figures.items())
-    tile_record.replace_file(path, f'{head},\n"rows": [\n{lines}\n]}}\n')
+    replace_file(path, f'{head},\n"rows": [\n{lines}\n]}}\n')
 
 
 def read_kernels(path: Path) -> tuple[dict[str, sass.Facts], Figures]:

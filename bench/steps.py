@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import replace_file
+
 ROOT = Path(__file__).resolve().parent.parent
 STATE = "state.json"
 TAIL = 12  # lines of a step's output on the screen
@@ -59,9 +61,7 @@ class State:
         """Record how the step went; the file is there whole or as it was."""
         entry = {"status": status, "seconds": round(seconds, 1), "why": why, "extent": step.extent}
         self._content["steps"][step.name] = entry
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self._content, indent=2) + "\n")
-        temporary.replace(self._path)
+        replace_file(self._path, json.dumps(self._content, indent=2) + "\n")
 
 
 def run_steps(steps: Sequence[Step], folder: Path, key: Mapping[str, Any], *, again: bool = False) -> int:

@@ -7,11 +7,12 @@ Its ``trips`` are those of the loop as it was compiled, fewer than the launch's 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .files import replace_file
 
 if TYPE_CHECKING:
     from bench.aot import Row
@@ -20,16 +21,6 @@ if TYPE_CHECKING:
 COMPARED = ("registers", "spill", "shared", "instructions")
 KEPT = (*COMPARED, "warps", "tensor_core", "wavefronts", "macs", "loop", "loop_wavefronts", "loop_macs")
 Key = tuple[Any, ...]
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Write ``content`` to ``path``: all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def recorded(path: Path) -> dict[Key, Facts]:

@@ -15,7 +15,6 @@ name of the GPU, beside what was found on others and for other shapes.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +38,7 @@ from mnv2.precision import numerics
 from . import results, timing
 from .blocks import Block
 from .figures import check_sizes
+from .files import replace_file
 from .tune_jobs import Group, Job, PathJob, TileJob, head_group, inference_group
 from .tune_training import training_group
 
@@ -243,12 +243,7 @@ def groups_of(layers: Iterable[LayerShape], batch: int, like: Tensor) -> list[Gr
 def save(path: Path, device: str, table: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Write the table of ``device`` into the file at ``path``, all of it or nothing; those of other devices stay."""
     tables = {**_read(path), device: {**table, **about}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(tables, indent=1) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, json.dumps(tables, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
