@@ -121,8 +121,8 @@ def verdict(curves: dict[str, list[float]]) -> dict[str, Any]:
     return figures
 
 
-def run(config: CurvesConfig) -> None:
-    """Train three times, and tell."""
+def run(config: CurvesConfig, words: Sequence[str]) -> None:
+    """Train three times, and tell; ``words`` are the command's."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device: expected a GPU that torch sees, got none")
     device = torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
@@ -130,10 +130,8 @@ def run(config: CurvesConfig) -> None:
     runs = {TORCH: ("torch", 1), KERNELS: (config.backend, 1), OTHER_ORDER: ("torch", 2)}
     curves = {name: losses(config, device, backend, order) for name, (backend, order) in runs.items()}
     if config.json is not None:
-        path, record = (
-            Path(config.json),
-            {**surroundings(["python", "-m", "bench.training_curves", *sys.argv[1:]]), "curves": curves},
-        )
+        path = Path(config.json)
+        record = {**surroundings(["python", "-m", "bench.training_curves", *words]), "curves": curves}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n")
     figures = verdict(curves)
@@ -144,8 +142,9 @@ def run(config: CurvesConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    config = parse(CurvesConfig, argv, "Train through the kernels and through torch, and compare the losses.")
-    return exit_status("bench.training_curves", lambda: run(config))
+    words = list(sys.argv[1:] if argv is None else argv)
+    config = parse(CurvesConfig, words, "Train through the kernels and through torch, and compare the losses.")
+    return exit_status("bench.training_curves", lambda: run(config, words))
 
 
 if __name__ == "__main__":
