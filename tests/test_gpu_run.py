@@ -104,9 +104,12 @@ def test_a_step_over_its_time_has_failed_and_leaves_nothing_behind(tmp_path, cap
     starts = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {child!r}])"
     assert run_steps([python("slow", starts, seconds=1.4)], tmp_path, KEY) == 1
     assert "slow has taken longer than its 1 s (--minutes gives more): look at slow's" in capfd.readouterr().err
-    with suppress(FileNotFoundError):
-        stat = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat").read_text()
-        assert stat.rpartition(")")[2].split()[0] in "ZX"  # ended, and perhaps nobody's to ask
+    deadline = time.monotonic() + 10
+    with suppress(FileNotFoundError, ProcessLookupError):  # of a slow machine's child that hadn't begun, too
+        stat = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+        while stat.read_text().rpartition(")")[2].split()[0] not in "ZX":  # ended, and perhaps nobody's to ask
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     assert json.loads((tmp_path / steps.STATE).read_text())["steps"]["slow"]["status"] == "failed"
 
 
