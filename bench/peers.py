@@ -110,7 +110,7 @@ def _import_torchvision() -> None:
     """
     global _torchvision
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

@@ -131,6 +131,11 @@ def picture_pipeline(
         pad_last_batch=True,
         **order,
     )
+    return prepared(decoded(encoded, transform, gpu=gpu), transform, dtype), places
+
+
+def decoded(encoded: Any, transform: Augmentation | Profile, *, gpu: bool) -> Any:
+    """RGB pixels of encoded pictures; of a random crop alone in training. With ``gpu`` CPU and GPU share the work."""
     decoding: dict[str, Any] = {
         "device": "mixed" if gpu else "cpu",
         "output_type": types.RGB,
@@ -138,19 +143,24 @@ def picture_pipeline(
         "jpeg_fancy_upsampling": True,  # the GPU's decoder upsamples chroma as the CPU's does
     }
     if isinstance(transform, Augmentation):
-        pictures = fn.decoders.image_random_crop(
+        return fn.decoders.image_random_crop(
             encoded, random_area=transform.scale, random_aspect_ratio=transform.ratio, **decoding
         )
+    return fn.decoders.image(encoded, **decoding)
+
+
+def prepared(pictures: Any, transform: Augmentation | Profile, dtype: torch.dtype) -> Any:
+    """Inputs of the network from decoded pictures: resized, cropped in evaluation, perhaps mirrored, normalised."""
+    if isinstance(transform, Augmentation):
         size: Any = (transform.resize, transform.resize)
         interpolation, position = types.INTERP_LINEAR, (0.0, 0.0)
         mirror: Any = fn.random.coin_flip(probability=transform.hflip)
     else:
-        pictures = fn.decoders.image(encoded, **decoding)
         size, position = _short_side_and_centre(pictures.shape(), transform)
         interpolation = types.INTERP_CUBIC if transform.cubic else types.INTERP_LINEAR
         mirror = 0
     pictures = fn.resize(pictures, size=size, interp_type=interpolation, antialias=True)
-    pictures = fn.crop_mirror_normalize(
+    return fn.crop_mirror_normalize(
         pictures,
         crop=(transform.resize, transform.resize),
         crop_pos_y=position[0],
@@ -161,7 +171,6 @@ def picture_pipeline(
         dtype=types.FLOAT16 if dtype == torch.float16 else types.FLOAT,
         output_layout="HWC",
     )
-    return pictures, places
 
 
 def _short_side_and_centre(shape: Any, transform: Profile) -> tuple[Any, tuple[Any, Any]]:
