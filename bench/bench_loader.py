@@ -5,7 +5,7 @@
 Whole: an epoch, in pictures a second and in CPU seconds of all threads and processes. Stages, in CPU milliseconds a
 picture:
 
-decode      ours: DALI's pipeline cut after its decoder, reading included (in training it decodes the random crop alone).
+decode      ours: DALI's pipeline cut after its decoder, reading included; in training it decodes the crop alone.
             PIL's: ``Image.open`` and ``convert`` of each file, one after the other.
 resize      resize, crop, mirror and normalisation to fp32: the whole pipeline, or all that the data set does with a
             picture, less decode.
@@ -120,7 +120,7 @@ def random_crop(picture, transform):
 
 
 def cpu_clock(call: Call) -> float:
-    """CPU seconds of ``call`` in this process and its children, all of which must have ended: Linux counts no others."""
+    """CPU seconds of ``call`` in this process and its children; Linux counts those that have ended, which all must."""
 
     def used() -> float:
         usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -106,7 +106,7 @@ def _import_torchvision() -> None:
     """Import torchvision, which timm does.
 
     That of the package index is made for CUDA. Beside torch's CPU build its library doesn't load, and the import fails
-    where it describes operators that the library would have defined: they are defined here then, without doing anything.
+    where it describes operators that the library would have defined: they are defined here then, and do nothing.
     """
     global _torchvision
     try:
