@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .fold import Certificate
 
 FORMAT = "mnv2 inference network, 1"
-# Of a tensor on a CPU. The C library returns larger ones to the system where they are freed, and the next one's pages
-# are made anew as they are written, which takes longer than the convolution does.
+# Of an expanded tensor on a CPU. What is freed of more than 32 MiB the C library gives back to the system, and the next
+# one's pages are made anew as they are written, which takes longer than the convolution does; half of it was fastest.
 LARGEST_BYTES = 16 * 2**20
 
 
