@@ -1,79 +1,85 @@
-"""Evaluation on a CPU: the folded network beside the same network as others run it.
+"""Evaluation on a CPU: the folded network beside the same network, with the same weights, as others run it.
 
-    pytest bench/bench_evaluation.py [--record]
+    pytest bench/bench_evaluation.py -s [--record]
 
-Beside it: module by module in torch's default layout, as most users run it, and in channels_last; and compiled with
-freezing, which folds BatchNorm and fuses ReLU6 into the convolutions too (its compiling, about ten seconds a shape of
-the input, is not timed). Logits are compared first. Rounds alternate.
+Beside it timm's and transformers' networks, and our own unfolded, each in two ways: eager under inference_mode in
+torch's default layout, as their users run them (ours in channels_last, as it is made); and compiled with freezing,
+which folds BatchNorm and fuses ReLU6 into the convolutions too, in channels_last (of both layouts, tried once on each
+network and batch, it was from 6% faster to 3% slower). Compiling, about ten seconds a shape, is not timed. The folded
+network takes pictures in channels_last, as our loader makes them. Logits are compared first.
 """
 
 from __future__ import annotations
 
 import copy
-import time
+from collections.abc import Callable
 from statistics import median
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from bench import peers
+from bench.timing import ratio_of, significant
 from mnv2 import MobileNetV2, fold
-from mnv2.model import InvertedResidual
 
-ROUNDS = 15
-
-
-class Plain(nn.Module):
-    """The network's modules one after the other, in any layout."""
-
-    def __init__(self, model: MobileNetV2):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of pictures."""
-        for layer in self.model.features:
-            if isinstance(layer, InvertedResidual):
-                y = layer.conv(x)
-                x = x + y if layer.shape.residual else y
-            else:
-                x = layer(x)
-        return self.model.classifier(x.mean((2, 3)))
+RESIZE = 224
+ROUNDS = {1: 60, 16: 15}
 
 
+def call_of(network: nn.Module, pictures: Tensor, mode: Callable = torch.inference_mode) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with mode():
+            return network(pictures)
+
+    return call
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """``network`` as torch.compile makes it for one shape; it is made at the first call."""
+    torch._dynamo.reset()
+    network = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    return torch.compile(network, dynamic=False)
+
+
+@pytest.mark.parametrize("peer", [*peers.PEERS, "unfolded"])
 @pytest.mark.parametrize("batch", [1, 16])
-def test_evaluation_on_a_cpu(batch, record):
+def test_evaluation_on_a_cpu(batch, peer, benchmark, side_by_side, record):
+    benchmark.group = f"evaluation of alpha 1.0 at {RESIZE} on a CPU, batch {batch}"
+    if peer in peers.PEERS:
+        peers.require(peer)
     torch.manual_seed(0)
-    model = MobileNetV2().eval()
-    x = torch.randn(batch, 3, 224, 224)
-    nhwc = x.contiguous(memory_format=torch.channels_last)
-    plain = Plain(copy.deepcopy(model)).to(memory_format=torch.contiguous_format)
-    with torch.inference_mode():
-        ours = fold(model)
-        calls = {
-            "ours": lambda: ours(nhwc),
-            "eager": lambda: plain(x),
-            "eager_channels_last": lambda: model(nhwc),
-        }
-    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
-        compiled = torch.compile(model)
-        calls["compiled"] = lambda: compiled(nhwc)
-        expected = calls["eager_channels_last"]()
+    model = peers.with_statistics(MobileNetV2(), torch.randn(8, 3, RESIZE, RESIZE))
+    theirs = model if peer == "unfolded" else peers.network(peer, model)
+    pictures = torch.randn(batch, 3, RESIZE, RESIZE)
+    nhwc = pictures.contiguous(memory_format=torch.channels_last)
+    calls = {
+        "ours": call_of(fold(model), nhwc),
+        "eager": call_of(theirs, nhwc if peer == "unfolded" else pictures),
+        "compiled": call_of(compiled(theirs), nhwc, torch.no_grad),  # which freezing wants
+    }
+    with torch.no_grad():
+        expected = model(nhwc)
+    with torch._inductor.config.patch(freezing=True):  # read at the first call
         for name, call in calls.items():
-            assert torch.allclose(call(), expected, atol=1e-4 * expected.abs().max().item()), name
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(ROUNDS):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                times[name].append((time.perf_counter() - start) / batch)
-    middle = {name: median(seconds) for name, seconds in times.items()}
-    ratios = {name: [a / b for a, b in zip(seconds, times["ours"], strict=True)] for name, seconds in times.items()}
+            torch.testing.assert_close(call(), expected, rtol=0, atol=1e-4 * expected.abs().max().item(), msg=name)
+    seconds = side_by_side(calls, ROUNDS[batch])
+    per_image = 1e3 / batch
+    figures = {f"{name}_ms_an_image": significant(per_image * median(times)) for name, times in seconds.items()}
     record(
         "evaluation",
         {
-            "case": f"alpha 1.0, 224 px, fp32, batch {batch}",
-            **{f"{name}_ms_an_image": round(1e3 * seconds, 2) for name, seconds in middle.items()},
-            **{f"{name}_over_ours": round(median(ratios[name]), 2) for name in ratios if name != "ours"},
+            "case": f"alpha 1.0, {RESIZE} px, fp32, batch {batch}, beside {peer}",
+            **figures,
+            "ratios": [
+                ratio_of(
+                    f"evaluation on a CPU, batch {batch}: {peer}, {way}",
+                    seconds["ours"],
+                    seconds[way],
+                    "ms an image",
+                    per_image,
+                )
+                for way in ("eager", "compiled")
+            ],
         },
     )

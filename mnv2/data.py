@@ -84,6 +84,10 @@ class Profile:
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
 
+    def __post_init__(self) -> None:
+        if self.shorter < self.resize:
+            raise ValueError(f"shorter: expected at least resize, {self.resize}, got {self.shorter}")
+
 
 _PROFILES: dict[str, Callable[[int], Profile]] = {
     "reference": lambda resize: Profile(resize, resize + 32),
@@ -131,6 +135,11 @@ def picture_pipeline(
         pad_last_batch=True,
         **order,
     )
+    return prepared(decoded(encoded, transform, gpu=gpu), transform, dtype), places
+
+
+def decoded(encoded: Any, transform: Augmentation | Profile, *, gpu: bool) -> Any:
+    """RGB pixels of encoded pictures; of a random crop alone in training. With ``gpu`` CPU and GPU share the work."""
     decoding: dict[str, Any] = {
         "device": "mixed" if gpu else "cpu",
         "output_type": types.RGB,
@@ -138,47 +147,54 @@ def picture_pipeline(
         "jpeg_fancy_upsampling": True,  # the GPU's decoder upsamples chroma as the CPU's does
     }
     if isinstance(transform, Augmentation):
-        pictures = fn.decoders.image_random_crop(
+        return fn.decoders.image_random_crop(
             encoded, random_area=transform.scale, random_aspect_ratio=transform.ratio, **decoding
         )
-        size: Any = (transform.resize, transform.resize)
-        interpolation, position = types.INTERP_LINEAR, (0.0, 0.0)
-        mirror: Any = fn.random.coin_flip(probability=transform.hflip)
+    return fn.decoders.image(encoded, **decoding)
+
+
+def prepared(pictures: Any, transform: Augmentation | Profile, dtype: torch.dtype) -> Any:
+    """Inputs of the network from decoded pictures: resized, cropped in evaluation, perhaps mirrored, normalised."""
+    region: dict[str, Any] = {}
+    mirror: Any = 0
+    if isinstance(transform, Augmentation):
+        mirror = fn.random.coin_flip(probability=transform.hflip)
     else:
-        pictures = fn.decoders.image(encoded, **decoding)
-        size, position = _short_side_and_centre(pictures.shape(), transform)
-        interpolation = types.INTERP_CUBIC if transform.cubic else types.INTERP_LINEAR
-        mirror = 0
-    pictures = fn.resize(pictures, size=size, interp_type=interpolation, antialias=True)
-    pictures = fn.crop_mirror_normalize(
+        region["roi_start"], region["roi_end"] = _centre(pictures.shape(), transform)
+    pictures = fn.resize(
         pictures,
-        crop=(transform.resize, transform.resize),
-        crop_pos_y=position[0],
-        crop_pos_x=position[1],
+        size=(transform.resize, transform.resize),
+        interp_type=types.INTERP_CUBIC if isinstance(transform, Profile) and transform.cubic else types.INTERP_LINEAR,
+        antialias=True,
+        **region,
+    )
+    return fn.crop_mirror_normalize(
+        pictures,
         mean=list(transform.mean),
         std=list(transform.std),
         mirror=mirror,
         dtype=types.FLOAT16 if dtype == torch.float16 else types.FLOAT,
         output_layout="HWC",
     )
-    return pictures, places
 
 
-def _short_side_and_centre(shape: Any, transform: Profile) -> tuple[Any, tuple[Any, Any]]:
-    """Size to resize to and place of the crop (0 to 1), down and across, to the pixel as torchvision has them.
+def _centre(shape: Any, transform: Profile) -> tuple[Any, Any]:
+    """Corners, (down, across), of what the centre crop of the resized picture shows of the picture itself.
 
-    The long side is rounded down. Half a pixel of the crop's corner goes to the even neighbour, as in Python's round;
-    DALI's own centre takes the upper.
+    So no pixel is made that the crop leaves out. The crop is to the pixel where torchvision has it: the long side is
+    rounded down, and half a pixel of the crop's corner goes to the even neighbour, as in Python's round.
     """
     shape = fn.cast(shape, dtype=types.INT64)
-    sides = [shape[axis] * transform.shorter // math.min(shape[0], shape[1]) for axis in (0, 1)]
-    places = []
-    for side in sides:
+    starts, ends = [], []
+    for axis in (0, 1):
+        side = shape[axis] * transform.shorter // math.min(shape[0], shape[1])
         margin = side - transform.resize
         corner = margin // 2
         corner = corner + (margin & 1) * (corner & 1)
-        places.append(corner / math.max(margin, 1))
-    return fn.cast(fn.stack(*sides), dtype=types.FLOAT), (places[0], places[1])
+        scale = fn.cast(shape[axis], dtype=types.FLOAT) / fn.cast(side, dtype=types.FLOAT)
+        starts.append(corner * scale)
+        ends.append((corner + transform.resize) * scale)
+    return fn.stack(*starts), fn.stack(*ends)
 
 
 class Loader:

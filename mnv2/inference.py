@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .fold import Certificate
 
 FORMAT = "mnv2 inference network, 1"
+# Of an expanded tensor on a CPU. What is freed of more than 32 MiB the C library gives back to the system, and the next
+# one's pages are made anew as they are written, which takes longer than the convolution does; half of it was fastest.
+LARGEST_BYTES = 16 * 2**20
 
 
 class _Folded(nn.Module):
@@ -115,10 +118,16 @@ class FoldedBlock(_Folded):
         return reference.folded_block(x, weights, stride=shape.stride, residual=shape.residual, padding=self.padding)
 
     def _by_onednn(self, x: Tensor) -> Tensor:
-        """As ``reference.folded_block``."""
+        """As ``reference.folded_block``, some pictures at a time where the expanded ones would be too large."""
         expand, depthwise, project = self._prepared(lambda: self._convolutions(x))
-        b = depthwise(x if expand is None else expand(x))
-        return project(b, plus=x if self.shape.residual else None)
+
+        def run(x: Tensor) -> Tensor:
+            b = depthwise(x if expand is None else expand(x))
+            return project(b, plus=x if self.shape.residual else None)
+
+        expanded = self.packed.c_mid * x.shape[2] * x.shape[3] * x.element_size()
+        pictures = max(1, LARGEST_BYTES // expanded)
+        return run(x) if len(x) <= pictures else torch.cat([run(part) for part in x.split(pictures)])
 
     def _convolutions(self, x: Tensor) -> tuple[onednn.Convolution | None, onednn.Convolution, onednn.Convolution]:
         weights, prepare = reference.unpacked(self.packed), onednn.Convolution.of

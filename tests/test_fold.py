@@ -17,7 +17,7 @@ from samples import settled
 from torch import nn
 
 from kernels import common
-from mnv2 import MobileNetV2, onednn
+from mnv2 import MobileNetV2, inference, onednn
 from mnv2.config import InputError, RunError
 from mnv2.fold import fold
 from mnv2.inference import InferenceNetwork
@@ -162,6 +162,15 @@ def test_a_layer_leaves_its_input_as_it_was_and_copies_are_whole(monkeypatch):
     by_onednn = network(pictures)
     monkeypatch.setattr(onednn, "serves", lambda x: False)  # as on another CPU
     assert (network(pictures) - by_onednn).abs().max() < 1e-4 * by_onednn.abs().max()
+
+
+def test_large_batches_go_through_a_block_in_parts(monkeypatch):
+    network, pictures = fold(trained(0.1, 4)), torch.randn(5, 3, 32, 32)
+    whole = network(pictures)
+    largest = network.features[2].shape.c_mid * 16 * 16 * 4  # bytes of a picture that this block expands
+    for pictures_at_once in (1, 2, 0):  # a picture is never cut
+        monkeypatch.setattr(inference, "LARGEST_BYTES", pictures_at_once * largest)
+        torch.testing.assert_close(network(pictures), whole)
 
 
 def replaced(path, module):
