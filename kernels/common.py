@@ -233,6 +233,21 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def dispatched(*tensors: Tensor) -> bool:
+    """Whether torch must see an operation on ``tensors`` as one of its own.
+
+    So it is while something traces or compiles, where a mode or the profiler is to know of it, and for tensors that
+    are none of torch's two plain classes.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Where autocast changes nothing on ``device``; it costs and exports nothing where autocast is off."""
     kind = device.type

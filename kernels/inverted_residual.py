@@ -95,8 +95,7 @@ def _together(
 _YAndSaved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("mnv2::inverted_residual_fwd", mutates_args=("running",))
-def _fwd(
+def _forward(
     x: Tensor,
     w1: Tensor | None,
     wd: Tensor,
@@ -120,6 +119,9 @@ def _fwd(
     y, saved = _new_output(x, block.c_out, stride), passes.new_saved(x, block)
     passes.forward(x, block, y, saved)
     return y, *saved
+
+
+_fwd = torch.library.custom_op("mnv2::inverted_residual_fwd", _forward, mutates_args=("running",))
 
 
 @_fwd.register_fake
@@ -205,7 +207,11 @@ class _InvertedResidual(torch.autograd.Function):
         w2: Tensor,
         *norms: Tensor | None,
     ) -> Tensor:
-        y, *saved = _fwd(x, w1, wd, w2, norms, running, tracked, *how)
+        if common.dispatched(x, wd, w2):
+            y, *saved = _fwd(x, w1, wd, w2, norms, running, tracked, *how)
+        else:  # torch's way to an operation that changes its inputs takes the host as long as the passes do
+            y, *saved = _forward(x, w1, wd, w2, norms, running, tracked, *how)
+            torch.autograd.graph.increment_version(running)
         if save == "X":
             state = Saved(*saved)
             saved = [*state._replace(d=x.new_empty(0), p=x.new_empty(0))]
