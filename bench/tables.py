@@ -81,7 +81,7 @@ def about_run(row: Row) -> str:
 
 
 def is_gpu(device: str) -> bool:
-    """Whether ``results.device_name`` gave this name to a GPU, which is NVIDIA's then."""
+    """Whether this is a GPU's name, which begins with NVIDIA then; processors' don't."""
     return device.startswith("NVIDIA")
 
 
