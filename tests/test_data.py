@@ -16,7 +16,6 @@ from mnv2.config import InputError, RunError
 from mnv2.data import Augmentation, Loader, Profile, SyntheticLoader, picture_pipeline, profile, steps_per_epoch
 from mnv2.distributed import World
 
-
 PROFILES = ("reference", "torchvision", "timm", "tf")
 
 
