@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from mnv2.config import InputError, RunError, exit_status, option, parse
 
-from .static import case_of
+from .cases import case_of
 
 GAIN = re.compile(r"(^|_)(per_s(econd)?|[kmgt]b_s|t?flops|share(_of_\w+)?)$")
 COST = re.compile(
