@@ -131,6 +131,6 @@ def passes_of_block(job: Job, tools) -> dict[str, Case]:
 
 
 @pytest.mark.benchmark(group="Which pass of a block in training is far from what a copy reaches?")
-@pytest.mark.parametrize(("job", "name"), pass_jobs())
+@pytest.mark.parametrize(("job", "name"), [*pass_jobs()])
 def test_training_pass(job, name, tools, kernels_ready, side_by_side, record):
     record("kernels", timed(passes_of_block(job, tools)[name], tools, side_by_side))
