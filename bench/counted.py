@@ -19,11 +19,11 @@ from kernels import roofline
 from kernels.roofline import SCHEDULERS, Bounds, Device
 from mnv2.config import InputError, RunError
 from mnv2.model import LayerShape, layer_shapes
-from mnv2.published import TOP1
 
 from . import executions
 from .cases import BATCH, Case, blocks_of_network, case_of, training_passes
 from .figures import run_interpreted
+from .published import TOP1
 from .traffic import shape_of
 
 ALPHA, RESIZE = 1.0, 224

@@ -12,9 +12,9 @@ import pytest
 
 from bench import counted, report, results, tables
 from bench.gpu_jobs import Job
+from bench.published import TOP1
 from mnv2.config import InputError, RunError
 from mnv2.model import VARIANTS, layer_shapes
-from mnv2.published import TOP1
 
 NAMES = ("loader", "evaluation", "host", "gpu", "traffic", "memory", "bounds")
 EPYC, XEON, H200 = "AMD EPYC", "Intel Xeon", "NVIDIA H200"
