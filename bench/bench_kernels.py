@@ -93,25 +93,25 @@ def measure(tools, kernels_ready, side_by_side, record):
 
 
 @pytest.mark.benchmark(group="Is the depthwise convolution faster than torch's?")
-@pytest.mark.parametrize("job", depthwise_jobs())
+@pytest.mark.parametrize("job", [*depthwise_jobs()])
 def test_depthwise(job, measure):
     measure(job)
 
 
 @pytest.mark.benchmark(group="Is a block at inference faster as one operation than as torch's convolutions?")
-@pytest.mark.parametrize("job", jobs("inference block", INFERENCE_BATCH))
+@pytest.mark.parametrize("job", [*jobs("inference block", INFERENCE_BATCH)])
 def test_inference_block(job, measure):
     measure(job)
 
 
 @pytest.mark.benchmark(group="Is the head at inference faster with its mean in the same kernel?")
-@pytest.mark.parametrize("job", jobs("inference head", INFERENCE_BATCH))
+@pytest.mark.parametrize("job", [*jobs("inference head", INFERENCE_BATCH)])
 def test_inference_head(job, measure):
     measure(job)
 
 
 @pytest.mark.benchmark(group="Is a block in training faster, forward and backward, than torch's operations?")
-@pytest.mark.parametrize("job", jobs("training block", TRAINING_BATCH, whole=False))
+@pytest.mark.parametrize("job", [*jobs("training block", TRAINING_BATCH, whole=False)])
 def test_training_block(job, measure):
     measure(job)
 
@@ -131,6 +131,6 @@ def passes_of_block(job: Job, tools) -> dict[str, Case]:
 
 
 @pytest.mark.benchmark(group="Which pass of a block in training is far from what a copy reaches?")
-@pytest.mark.parametrize(("job", "name"), pass_jobs())
+@pytest.mark.parametrize(("job", "name"), [*pass_jobs()])
 def test_training_pass(job, name, tools, kernels_ready, side_by_side, record):
     record("kernels", timed(passes_of_block(job, tools)[name], tools, side_by_side))

@@ -45,12 +45,12 @@ def measure(tools, side_by_side, record):
 
 
 @pytest.mark.benchmark(group="Is inference faster?")
-@pytest.mark.parametrize("job", jobs(INFERENCE, training=False))
+@pytest.mark.parametrize("job", [*jobs(INFERENCE, training=False)])
 def test_inference(job, measure):
     measure(job)
 
 
 @pytest.mark.benchmark(group="Is a step of training faster?")
-@pytest.mark.parametrize("job", jobs(TRAINING, training=True))
+@pytest.mark.parametrize("job", [*jobs(TRAINING, training=True)])
 def test_training_step(job, measure):
     measure(job)

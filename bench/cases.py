@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 BATCH = 256
@@ -297,6 +297,12 @@ WORK: dict[str, Callable[[Case], Work]] = {
     "head": _head,
     **dict.fromkeys(TRAINING, _training),
 }
+
+
+def case_of(row: Mapping[str, Any]) -> Case:
+    """The case of a row of ``bench.aot``'s record, which has the side as height and width."""
+    at = {**row, "side": row["height"]}
+    return Case(**{field.name: at[field.name] for field in fields(Case)})
 
 
 def work_of(case: Case) -> Work:

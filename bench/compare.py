@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 from mnv2.config import InputError, RunError, exit_status, option, parse
 
-from .static import case_of
+from .cases import case_of
 
-GAIN = re.compile(r"(^|_)(per_second|[kmgt]b_s|t?flops|share)$")
+GAIN = re.compile(r"(^|_)(per_s(econd)?|[kmgt]b_s|t?flops|share(_of_\w+)?)$")
 COST = re.compile(
     r"(^|_)(ns|us|ms|microseconds|milliseconds|seconds|kib|mib|gib|kb|mb|gb|bytes|ratio|registers|spill|shared"
     r"|instructions|launches)(_(an?|per)_\w+)?$"
@@ -116,7 +116,7 @@ def figures_of(row: Mapping[str, Any]) -> dict[str, Figure]:
     units = tuple(name.removeprefix("ours") for name in numbers if name.startswith("ours_"))
     found = {}
     for name, value in numbers.items():
-        theirs = name.endswith(units) and not name.startswith("ours_")
+        theirs = name.startswith("copy_") or (name.endswith(units) and not name.startswith("ours_"))
         if sign := -1 if GAIN.search(name) else bool(COST.search(name)):
             found[name] = Figure(value, 0 if theirs else sign)
     for ratio in row.get("ratios", []):

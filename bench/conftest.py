@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,6 +14,7 @@ import torch
 
 from bench import gpu_tools, results, timing
 from bench.parity import ieee
+from mnv2.config import InputError
 
 ROUNDS, QUICK_ROUNDS = 30, 10  # on a GPU
 
@@ -49,18 +51,22 @@ def tools(request, gpu) -> gpu_tools.Tools:
 @pytest.fixture
 def record(request) -> Callable[[str, dict[str, Any]], None]:
     """Print a row of figures and its ratios; with --record put it into ``bench/results/SUITE.json``."""
+    folder = request.config.getoption("--record-to")
+    target = results.RESULTS if folder is None else Path(folder)
+    wanted = folder is not None or request.config.getoption("--record")
+    if wanted:  # before minutes are spent on measuring
+        target.mkdir(parents=True, exist_ok=True)
+        if not os.access(target, os.W_OK):
+            raise InputError(f"--record: expected a folder that can be written to, got {target}")
 
     def write(suite: str, row: dict[str, Any]) -> None:
         figures = {name: value for name, value in row.items() if name != "ratios"}
         print(f"\n{suite}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
         for ratio in row.get("ratios", []):
             print("  {name}: ours {ours:g}, theirs {theirs:g} {unit}, ratio {ratio:g}".format(**ratio))
-        folder = request.config.getoption("--record-to")
-        if folder is not None or request.config.getoption("--record"):
-            command = ["pytest", *sys.argv[1:]]
-            target = results.RESULTS if folder is None else Path(folder)
-            target.mkdir(parents=True, exist_ok=True)
-            results.merge(target / f"{suite}.json", {**row, **results.surroundings(command)})
+        if wanted:
+            about = results.surroundings(["pytest", *sys.argv[1:]], on_gpu="gpu" in request.fixturenames)
+            results.merge(target / f"{suite}.json", {**row, **about})
 
     return write
 

@@ -19,11 +19,11 @@ from kernels import roofline
 from kernels.roofline import SCHEDULERS, Bounds, Device
 from mnv2.config import InputError, RunError
 from mnv2.model import LayerShape, layer_shapes
-from mnv2.published import TOP1
 
 from . import executions
-from .cases import BATCH, Case, blocks_of_network, training_passes
+from .cases import BATCH, Case, blocks_of_network, case_of, training_passes
 from .figures import run_interpreted
+from .published import TOP1
 from .traffic import shape_of
 
 ALPHA, RESIZE = 1.0, 224
@@ -32,7 +32,6 @@ CAP = 90  # the capability whose bounds are shown
 SHOWN = ("ours", "compulsory", "epilogue", "compiled", "eager")  # executions, as bench/executions.py describes them
 SAVED = ("eager", "D", "X")  # what is kept, as bench/memory.py describes it
 SCOPES = ("blocks", "network")
-CASE = ("kernel", "C", "stride", "dtype", "padding", "c_in", "c_out", "row")  # of a row of bench.aot, beside its side
 LANES = 32  # of a warp: multiply-adds in fp32 of one instruction
 MACS_OF_TRAINING = 3  # times those of the forward: there are two gradients too
 
@@ -197,9 +196,7 @@ def _rows(path: Path) -> dict[Case, Bounds]:
     """Bounds of the rows of the capability, in seconds an image."""
     try:
         return {
-            Case(CAP, side=row["height"], **{name: row[name] for name in CASE}): Bounds(
-                *(row[f"{name}_us"] / 1e6 for name in Bounds._fields)
-            )
+            case_of(row): Bounds(*(row[f"{name}_us"] / 1e6 for name in Bounds._fields))
             for row in _load(path)["rows"]
             if row["cap"] == CAP
         }

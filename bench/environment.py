@@ -30,7 +30,7 @@ QUERIED = (
 def report() -> dict[str, Any]:
     """What is known of this machine; a part that can't be found says why."""
     return {
-        **surroundings(["python", "-m", "bench.environment"]),
+        **surroundings(["python", "-m", "bench.environment"], on_gpu=torch.cuda.is_available()),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),

@@ -19,9 +19,11 @@ from typing import Any
 
 from mnv2.config import InputError, RunError, exit_status, option, parse
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
+from .files import replace_file
+from .results import RESULTS
+from .tables import all_tables, measured
+
+README = RESULTS.parent.parent / "README.md"
 END = "<!-- /bench.report -->"
 MARKER = re.compile(r"<!-- (?:bench\.report: *(?P<name>.*?)|/bench\.report) -->")
 
@@ -83,15 +85,12 @@ def drawn(results: Path, suites: Mapping[str, Sequence[Mapping[str, Any]]], refr
 
 def make(config: ReportConfig) -> None:
     """Make tables and plots, then write those that differ from what is there, or with ``check`` name them."""
-    from . import tables
-    from .files import replace_file
-
     results, readme = Path(config.results or RESULTS), Path(config.readme or README)
     if not results.is_dir():
         raise InputError(f"--results: expected a folder, got {results}")
-    suites = tables.measured(results)
+    suites = measured(results)
     text = readme.read_text()
-    made = tables.all_tables(results, suites, refresh=not config.check)
+    made = all_tables(results, suites, refresh=not config.check)
     wanted = {readme: replaced(text, made, readme).encode()}
     if not config.tables:
         plots = drawn(results, suites, refresh=not config.check)

@@ -15,6 +15,7 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +30,36 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("pillow", "timm", "transformers")
 
 
-def surroundings(command: Sequence[str]) -> dict[str, Any]:
-    """Command, commit, versions and device of this run."""
+def surroundings(command: Sequence[str], *, on_gpu: bool) -> dict[str, Any]:
+    """Command, commit, versions and device of this run, which is the processor unless it is ``on_gpu``."""
     return {
         "command": shlex.join(command),
         "commit": commit(),
         "versions": versions(*PEERS),
-        "device": device_name(),
+        "device": torch.cuda.get_device_name() if on_gpu else processor_name(),
         "cores": len(os.sched_getaffinity(0)),
     }
 
 
 def commit() -> str:
-    """The commit that is checked out, "-dirty" behind it where files other than results have changed."""
-    found, changes = (
-        subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent.parent).stdout.strip()
-        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", ".", ":!bench/results"))
-    )
-    return found + ("-dirty" if changes else "")
+    """The commit that is checked out, "-dirty" behind it where files other than results have changed, or "unknown"."""
+    try:
+        found, changes = (
+            subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent.parent).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", ".", ":!bench/results"))
+        )
+    except OSError:  # there is no git
+        return "unknown"
+    return found + ("-dirty" if changes else "") if found else "unknown"
 
 
-def device_name() -> str:
-    """The GPU's name, without one the processor's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with open("/proc/cpuinfo") as file:
-        return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+def processor_name() -> str:
+    """The processor's name, or where the system doesn't tell it its architecture."""
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from mnv2.logs import versions
 from mnv2.model import VARIANTS, layer_shapes
 
 from . import aot, executions, memory, sass
-from .cases import BATCH, Case, every, sample
+from .cases import BATCH, case_of, every, sample
 from .figures import run_interpreted
 from .files import replace_file
 from .results import RESULTS
@@ -166,12 +166,6 @@ def read_kernels(path: Path) -> tuple[dict[str, sass.Facts], Figures]:
         raise InputError(f"{path}: expected a record, there is none: `{RECORDING['kernels']}`") from None
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: expected a record of bench.aot, got {type(error).__name__}: {error}") from None
-
-
-def case_of(row: Mapping[str, Any]) -> Case:
-    """The case of a row of ``bench.aot``'s record, which has the side as height and width."""
-    at = {**row, "side": row["height"]}
-    return Case(**{field.name: at[field.name] for field in fields(Case)})
 
 
 def compare(recorded: Figures, now: Figures, command: str) -> Verdict:

@@ -21,12 +21,10 @@ MEASURED = ("loader", "evaluation", "host")  # suites whose tables are of ratios
 GPU = ("kernels", "network")  # suites that need a GPU: figures, and ratios where there are any
 NO_FIGURES = ("case", "ratios", "command", "commit", "versions", "device", "cores")
 UNITS = {  # of a figure, by how its name ends
-    "images_per_second": "images/s",
-    "pictures_per_second": "pictures/s",
+    "images_per_s": "images/s",
     "gb_per_s": "GB/s",
+    "mb_per_image": "MB/image",
     "us": "µs",
-    "ms": "ms",
-    "s": "s",
     "mib": "MiB",
     "mb": "MB",
 }
@@ -83,7 +81,7 @@ def about_run(row: Row) -> str:
 
 
 def is_gpu(device: str) -> bool:
-    """Whether ``results.device_name`` gave this name to a GPU, which is NVIDIA's then."""
+    """Whether this is a GPU's name, which begins with NVIDIA then; processors' don't."""
     return device.startswith("NVIDIA")
 
 

@@ -131,7 +131,8 @@ def run(config: CurvesConfig, words: Sequence[str]) -> None:
     curves = {name: losses(config, device, backend, order) for name, (backend, order) in runs.items()}
     if config.json is not None:
         path = Path(config.json)
-        record = {**surroundings(["python", "-m", "bench.training_curves", *words]), "curves": curves}
+        about = surroundings(["python", "-m", "bench.training_curves", *words], on_gpu=device.type == "cuda")
+        record = {**about, "curves": curves}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n")
     figures = verdict(curves)

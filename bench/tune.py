@@ -294,7 +294,7 @@ def measure_here(config: TuneConfig, words: Sequence[str]) -> None:
         say=partial(print, flush=True),
         table={kind: before[kind] for kind in ("tiles", "paths")},
     )
-    about = results.surroundings(["python", "-m", "bench.tune", *words])
+    about = results.surroundings(["python", "-m", "bench.tune", *words], on_gpu=True)
     left = tune(
         groups_of(layers, config.batch, like),
         tuner,

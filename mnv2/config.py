@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from kernels import measured
 from kernels.common import BACKENDS, PADDINGS, unsupported_device
 from kernels.inverted_residual import SAVES
 
@@ -47,9 +48,14 @@ class Stopped(Exception):  # noqa: N818  # no error
 
 
 def check_backend(backend: str, device: torch.device) -> None:
-    """Raise InputError where ``backend`` is "triton" and ``device`` can run no kernels."""
+    """Raise InputError where ``backend`` is "triton" and ``device`` can run no kernels, or its tables can't be read."""
     if backend == "triton" and (problem := unsupported_device(device)):
         raise InputError(f"--backend triton: {problem}")
+    if backend != "torch" and device.type == "cuda":
+        try:
+            measured.read(measured.TABLES)
+        except RuntimeError as error:
+            raise InputError(str(error)) from None
 
 
 def exit_status(script: str, action: Callable[[], None]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,16 @@ def test_results_that_cannot_be_written_leave_the_old(tmp_path):
     assert os.listdir(tmp_path) == ["suite.json"]
 
 
+def test_a_machine_without_git_or_proc_has_results_too(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    monkeypatch.setattr("builtins.open", missing)
+    assert results.commit() == "unknown"
+    assert results.processor_name() == platform.machine()
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": [{"case": "a"}]}', '{"rows": 1}', '{"rows": ["a"]}'])
 def test_other_files_are_no_results_and_stay(tmp_path, text):
     path = tmp_path / "suite.json"
@@ -87,9 +98,19 @@ def test_other_files_are_no_results_and_stay(tmp_path, text):
 
 
 def test_fixtures_time_and_record(tmp_path):
-    """A benchmark as they are written: ours is what pytest-benchmark reports, and rows go where --record-to says."""
+    """Benchmarks as they are written: ours is what pytest-benchmark reports, and rows go where --record-to says.
+
+    A benchmark that asks for the GPU has its name; the others, where there is one too, that of the processor.
+    """
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\n")
     (tmp_path / "bench_tiny.py").write_text(
+        "import pytest, torch\n"
+        "torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda: 'NVIDIA H100'\n"
+        "@pytest.fixture\n"
+        "def gpu():\n"
+        "    pass\n"
+        "def test_on_a_gpu(gpu, record):\n"
+        "    record('tiny', {'case': 'two'})\n"
         "def test_tiny(side_by_side, record, benchmark):\n"
         "    order = []\n"
         "    calls = {name: lambda name=name: order.append(name) for name in ('ours', 'theirs')}\n"
@@ -114,8 +135,9 @@ def test_fixtures_time_and_record(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (recorded,) = results.read(tmp_path / "tiny.json")
-    assert (recorded["case"], recorded["figure_ms"]) == ("one", 2.5)
+    on_gpu, recorded = results.read(tmp_path / "tiny.json")
+    assert (on_gpu["case"], on_gpu["device"]) == ("two", "NVIDIA H100")
+    assert (recorded["case"], recorded["figure_ms"], recorded["device"]) == ("one", 2.5, results.processor_name())
     assert recorded["versions"]["torch"] == torch.__version__
     assert {"command", "commit", "device", "cores"} <= set(recorded)
 

@@ -10,7 +10,7 @@ import torch
 from forks import ROOT
 from processes import finish, fork
 
-from bench import bench_kernels, gpu_cases, gpu_tools, gpu_training, network_cases, timing
+from bench import bench_kernels, compare, gpu_cases, gpu_tools, gpu_training, network_cases, tables, timing
 from bench.gpu_jobs import Job, planned
 from bench.gpu_tools import Case, Counted, Tools, checked, timed
 from bench.network_cases import NetworkJob
@@ -76,6 +76,19 @@ def test_a_case_is_right_and_gives_a_row(job):
     assert row["bound_us"] >= 1e6 * touched / roofline.DEVICES[90].bandwidth * 0.999
     assert [ratio["name"].split(": ")[1] for ratio in row["ratios"]] == [f"time of {a} over {b}" for a, b in pairs]
     assert all(ratio["ratio"] == 1 and ratio["unit"] == "us" for ratio in row["ratios"])
+
+
+def signs(row) -> dict[str, int]:
+    """How ``bench.compare`` judges the figures of a row: 1 a cost, -1 a gain, 0 not ours."""
+    return {name: figure.sign for name, figure in compare.figures_of({**row, "ratios": []}).items()}
+
+
+def test_figures_of_a_kernel_are_judged_and_shown_as_what_they_are():
+    row = timed(built(JOBS[0]), TOOLS, timing.alternate)
+    costs, gains, others = {"ours_us", "counted_mb"}, {"gb_per_s", "share_of_copy"}, {"eager_us", "compiled_us"}
+    others |= {"copy_gb_per_s", "bound_us"}
+    assert signs(row) == {**dict.fromkeys(costs, 1), **dict.fromkeys(gains, -1), **dict.fromkeys(others, 0)}
+    assert [*map(tables.heading, ("ours_us", "copy_gb_per_s"))] == ["ours, µs", "copy, GB/s"]
 
 
 def test_a_block_on_record_is_bound_by_more_than_bytes():
@@ -202,6 +215,11 @@ def test_a_network_is_right_and_gives_a_row(training, monkeypatch):
     assert all(row[f"{side}_images_per_s"] == 4 / SECONDS for side in sides)
     assert [row[f"{side}_peak_mib"] for side in sides[:3]] == [3, 3, 3]
     assert len(row["ratios"]) == 6
+    judged = {f"{name}_images_per_s": -name.startswith("ours") for name in (*sides, "bound")}
+    judged |= {f"{name}_peak_mib": int(name.startswith("ours")) for name in sides if f"{name}_peak_mib" in row}
+    assert signs(row) == {**judged, "counted_mb_per_image": 1, "copy_gb_per_s": 0}
+    headings = ["ours graph, images/s", "counted, MB/image"]
+    assert [*map(tables.heading, ("ours_graph_images_per_s", "counted_mb_per_image"))] == headings
     assert row["bound_images_per_s"] == pytest.approx(3.35e12 / 1e6 / row["counted_mb_per_image"], rel=2e-3)
     results = {side: call() for side, call in case.calls.items()}
     for number in (0, -1):

@@ -55,7 +55,10 @@ def test_costs_are_worse_when_they_grow(files, capsys, name):
     assert lines(capsys) == [["block", name, "100", "90", "-10.0%", "better"]]
 
 
-@pytest.mark.parametrize("name", ["pictures_per_second", "gb_s", "read_gb_s", "share", "bandwidth_share", "tflops"])
+@pytest.mark.parametrize(
+    "name",
+    ["pictures_per_second", "ours_images_per_s", "gb_per_s", "gb_s", "read_gb_s", "share", "share_of_copy", "tflops"],
+)
 def test_gains_are_worse_when_they_fall(files, capsys, name):
     assert compare.main(files([row(**{name: 100})], [row(**{name: 90})])) == 1
     assert lines(capsys) == [["block", name, "100", "90", "-10.0%", "worse"]]

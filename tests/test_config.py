@@ -4,8 +4,10 @@ import dataclasses
 import re
 
 import pytest
+import torch
 
-from mnv2.config import InputError, TrainConfig, ValidateConfig, parse
+from kernels import measured
+from mnv2.config import InputError, TrainConfig, ValidateConfig, check_backend, parse
 
 
 def train(*words: str) -> TrainConfig:
@@ -156,3 +158,13 @@ def test_resume_is_auto_or_a_file(words, resume):
 def test_no_more_threads_than_cores():
     assert 1 <= TrainConfig(num_parallel_workers=10_000).threads < 10_000
     assert TrainConfig(num_parallel_workers=1).threads == 1
+
+
+def test_tables_that_cannot_be_read_are_one_line_before_a_gpu_runs_by_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "TABLES", tmp_path / "measured.json")
+    check_backend("auto", torch.device("cuda"))
+    measured.TABLES.write_text("{")
+    with pytest.raises(InputError, match=r"measured\.json: expected what `python -m bench\.tune` writes"):
+        check_backend("auto", torch.device("cuda"))
+    for backend, device in (("torch", "cuda"), ("auto", "cpu")):
+        check_backend(backend, torch.device(device))

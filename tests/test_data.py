@@ -16,6 +16,8 @@ from mnv2.config import InputError, RunError
 from mnv2.data import Augmentation, Loader, Profile, SyntheticLoader, picture_pipeline, profile, steps_per_epoch
 from mnv2.distributed import World
 
+PROFILES = ("reference", "torchvision", "timm", "tf")
+
 
 @pytest.fixture(scope="module")
 def paths(photos):
@@ -51,9 +53,28 @@ def test_profiles_are_those_published():
         profile("keras", 224)
 
 
-@pytest.mark.parametrize("name", ["reference", "torchvision", "timm", "tf"])
-def test_evaluation_is_what_pil_does(paths, name):
-    transform = profile(name, 32)
+@pytest.mark.parametrize("name", PROFILES)
+def test_no_profile_crops_more_than_there_is(name):
+    assert all(profile(name, resize).shorter >= resize for resize in range(1, 1025))
+    with pytest.raises(ValueError, match="shorter: expected at least resize, 8, got 7"):
+        Profile(8, 7)
+
+
+@pytest.fixture(scope="module")
+def odd_paths(tmp_path_factory) -> list[str]:
+    """Pictures of a pixel, of a row, far from square, smaller than the crop, and of sides whose crop lies at a half."""
+    folder = tmp_path_factory.mktemp("odd")
+    sizes = (1, 1), (1, 7), (9, 1), (3, 2), (5, 5), (700, 2), (2, 700), (33, 32), (32, 35), (31, 64), (37, 36), (36, 37)
+    paths = [str(folder / f"{number:02}.png") for number in range(len(sizes))]
+    for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        photo(number, *size).save(path)
+    return paths
+
+
+@pytest.mark.parametrize("kind", ["paths", "odd_paths"])
+@pytest.mark.parametrize("name", PROFILES)
+def test_evaluation_is_what_pil_does(kind, name, request):
+    paths, transform = request.getfixturevalue(kind), profile(name, 32)
     for batch in loader(paths, transform):
         for image, number in zip(batch.images, batch.numbers.tolist(), strict=True):
             if number >= 0:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from bench import counted, report, results, tables
+from bench.gpu_jobs import Job
+from bench.published import TOP1
 from mnv2.config import InputError, RunError
 from mnv2.model import VARIANTS, layer_shapes
-from mnv2.published import TOP1
 
 NAMES = ("loader", "evaluation", "host", "gpu", "traffic", "memory", "bounds")
 EPYC, XEON, H200 = "AMD EPYC", "Intel Xeon", "NVIDIA H200"
@@ -40,7 +41,7 @@ EVALUATION = [
     ),
     row("batch 16", ratio("batch 16: eager", 0.05, 0.2), device=H200),
 ]
-BLOCK = "inference block 16-96-24x112x112/2 fp16, batch 256"
+BLOCK = f"{Job('inference block', layer_shapes()[2], 'fp16', 256)}, batch 256"
 KERNELS = [
     row(BLOCK, ratio(f"{BLOCK}: eager", 60, 240, "us"), device=H200, ours_us=60.0, gb_per_s=2400.0, counted_mb=144.0),
     row(f"pass P1 of {BLOCK}", device=H200, ours_us=10.0, gb_per_s=100.0, counted_mb=1.0),
