@@ -10,9 +10,12 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
+from processes import environment as users_environment
 
 from bench import dali_gpu, environment, gpu, gpu_steps, steps, training_curves, two_ranks
 from bench.steps import Step, run_steps
@@ -311,3 +314,15 @@ def test_two_ranks_must_give_one_processs_digits(tmp_path, monkeypatch, capsys):
     )
     assert two_ranks.main([str(tmp_path)]) == 1
     assert "mnv2.digits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("marks", [(), ("gpu",)], ids=["not for a GPU", "for a GPU"])
+def test_only_tests_for_a_gpu_see_one(marks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    marked = SimpleNamespace(get_closest_marker=lambda name: name if name in marks else None)
+    protocol = conftest.pytest_runtest_protocol(marked)
+    next(protocol)
+    assert torch.cuda.is_available() == bool(marks)
+    protocol.close()
+    assert torch.cuda.is_available()
+    assert users_environment()["CUDA_VISIBLE_DEVICES"] == ""
