@@ -185,7 +185,8 @@ def test_the_steps_and_their_time(monkeypatch):
     assert sum(step.seconds for step in quick) == pytest.approx(600)
     words = {step.name: [" ".join(command[1:]) for command in step.commands] for step in whole}
     assert all("--all" in command for command in words["tests"])
-    assert words["bench"] == ["-m pytest bench --record"]
+    assert words["bench"] == ["-m pytest bench/bench_network.py bench/bench_kernels.py --record"]
+    assert all(" -m gpu " in command for command in words["tests"])
     assert not any("--all" in command for step in quick for command in step.commands)
     assert "--quick" in quick[4].commands[0]
     assert [step.name for step, other in zip(whole, quick, strict=True) if step.extent != other.extent] == [
