@@ -22,7 +22,7 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """A user's without a GPU, of which each process would want its own; nor has it the tests' interpreter of kernels."""
+    """A user's without a GPU, which each process would want for itself; the tests' interpreter is no part of it."""
     mine = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return {**mine, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
