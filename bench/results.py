@@ -41,11 +41,14 @@ def surroundings(command: Sequence[str]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out, "-dirty" behind it where files other than results have changed."""
-    found, changes = (
-        subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent.parent).stdout.strip()
-        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", ".", ":!bench/results"))
-    )
+    """The commit that is checked out, "-dirty" behind it where files other than results have changed; "" without git."""
+    try:
+        found, changes = (
+            subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent.parent).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", ".", ":!bench/results"))
+        )
+    except OSError:
+        return ""
     return found + ("-dirty" if changes else "")
 
 

@@ -86,6 +86,11 @@ def test_other_files_are_no_results_and_stay(tmp_path, text):
     assert path.read_text() == text
 
 
+def test_a_run_where_there_is_no_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert results.surroundings(["a"])["commit"] == ""
+
+
 def test_fixtures_time_and_record(tmp_path):
     """A benchmark as they are written: ours is what pytest-benchmark reports, and rows go where --record-to says."""
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\n")
