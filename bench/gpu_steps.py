@@ -23,7 +23,7 @@ SHARES = {
     "report": 1,
 }
 BENCHMARKS = ("bench/bench_network.py", "bench/bench_kernels.py")  # the others measure a CPU
-IN_PARALLEL = ("-n", "auto", "--maxprocesses", "16", "--dist", "worksteal")  # compiling takes the CPU's cores
+IN_PARALLEL = ("-n", "logical", "--maxprocesses", "16", "--dist", "worksteal")  # compiling takes the CPU's cores
 
 
 def steps(minutes: float) -> list[Step]:
@@ -53,6 +53,7 @@ def steps(minutes: float) -> list[Step]:
             (module("dali_gpu"),),
             seconds["dali"],
             "see {log}; `python -m bench.dali_gpu` again; DALI's package must be the one for torch's CUDA",
+            why_not="" if installed("nvidia.dali") else "DALI isn't installed",
         ),
         Step(
             "tune",
@@ -84,9 +85,17 @@ def steps(minutes: float) -> list[Step]:
     ]
 
 
+def installed(name: str) -> bool:
+    """Whether there is a module of that name."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # nor what it would be in
+        return False
+
+
 def tests(whole: bool) -> tuple[str, ...]:
     """Those that run on the GPU; every case where there is time for them. All others see none, as without one."""
-    words = ["-x", *(["--all"] if whole else []), *(IN_PARALLEL if importlib.util.find_spec("xdist") else ())]
+    words = ["-x", *(["--all"] if whole else []), *(IN_PARALLEL if installed("xdist") else ())]
     return pytest("tests", "-m", "gpu", *words)
 
 

@@ -41,7 +41,7 @@ def surroundings(command: Sequence[str]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out, "-dirty" behind it where files other than results have changed; "" without git."""
+    """The commit that is checked out, "-dirty" behind it where files other than results have changed; or "", no git."""
     try:
         found, changes = (
             subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent.parent).stdout.strip()

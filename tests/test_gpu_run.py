@@ -194,6 +194,11 @@ def test_the_steps_and_their_time(monkeypatch):
         "bench",
     ]
     assert quick[6].why_not == "it needs two GPUs, torch sees 1"
+    assert not quick[2].why_not
+    monkeypatch.setattr(gpu_steps, "installed", lambda name: name != "nvidia.dali")
+    assert gpu_steps.steps(30)[2].why_not == "DALI isn't installed"
+    monkeypatch.undo()
+    assert not gpu_steps.installed("nobodys.module")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert not any(step.why_not for step in gpu_steps.steps(30))
     for step in whole:
