@@ -33,7 +33,7 @@ def steps(minutes: float) -> list[Step]:
     extent = "whole" if whole else "quick"
     folder = shown(FOLDER)
     gpus = torch.cuda.device_count()
-    tuning = f"{0.9 * seconds['tune'] / 60:.1f}"  # the rest is for starting and writing
+    tuning = f"{0.8 * seconds['tune'] / 60:.1f}"  # the rest is for the job begun last, which compiles
     return [
         Step(
             "environment",
