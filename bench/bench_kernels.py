@@ -78,7 +78,8 @@ def kernels_ready(request, gpu) -> None:
     callspecs = (getattr(item, "callspec", None) for item in request.session.items)
     given = {callspec.params.get("job") for callspec in callspecs if callspec is not None}
     chosen = [job for job in given if isinstance(job, Job)]
-    compile_ahead([call.launch for job in chosen for call in planned(CASES[job.operation][1], job, gpu)], gpu)
+    launches = [call.launch for job in chosen for call in planned(CASES[job.operation][1], job, gpu)]
+    compile_ahead(launches, gpu, ignore_errors=True)  # one that doesn't compile fails where it is measured
 
 
 @pytest.fixture

@@ -11,18 +11,19 @@ from .steps import ROOT, Step, shown
 
 FOLDER = ROOT / "build" / "gpu"
 WHOLE = 30.0  # minutes from which everything runs whole
-# Parts of the time; triton's first compiling of every case is most of the tests'.
+# Parts of the time. Compiling is most of it: of the kernels in the tests, by torch of its own in the benchmarks.
 SHARES = {
     "environment": 1,
-    "tests": 9,
+    "tests": 5,
     "dali": 1,
     "tune": 6,
-    "bench": 8,
+    "bench": 12,
     "training": 2,
     "two-ranks": 2,
     "report": 1,
 }
-IN_PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")  # compiling takes the CPU's cores
+BENCHMARKS = ("bench/bench_network.py", "bench/bench_kernels.py")  # the others measure a CPU
+IN_PARALLEL = ("-n", "logical", "--maxprocesses", "16", "--dist", "worksteal")  # compiling takes the CPU's cores
 
 
 def steps(minutes: float) -> list[Step]:
@@ -32,7 +33,7 @@ def steps(minutes: float) -> list[Step]:
     extent = "whole" if whole else "quick"
     folder = shown(FOLDER)
     gpus = torch.cuda.device_count()
-    tuning = f"{0.9 * seconds['tune'] / 60:.1f}"  # the rest is for starting and writing
+    tuning = f"{0.8 * seconds['tune'] / 60:.1f}"  # the rest is for the job begun last, which compiles
     return [
         Step(
             "environment",
@@ -42,7 +43,7 @@ def steps(minutes: float) -> list[Step]:
         ),
         Step(
             "tests",
-            tests(whole),
+            (tests(whole),),
             seconds["tests"],
             "see {log}; run the test that it names last by itself, with `python -m pytest -x`",
             extent=extent,
@@ -52,6 +53,7 @@ def steps(minutes: float) -> list[Step]:
             (module("dali_gpu"),),
             seconds["dali"],
             "see {log}; `python -m bench.dali_gpu` again; DALI's package must be the one for torch's CUDA",
+            why_not="" if installed("nvidia.dali") else "DALI isn't installed",
         ),
         Step(
             "tune",
@@ -61,7 +63,7 @@ def steps(minutes: float) -> list[Step]:
         ),
         Step(
             "bench",
-            (pytest("bench", "--record", *([] if whole else ["--quick"])),),
+            (pytest(*BENCHMARKS, "--record", *([] if whole else ["--quick"])),),
             seconds["bench"],
             "see {log}; run the benchmark that it names by itself, with `python -m pytest -x -s bench/FILE -k NAME`",
             extent=extent,
@@ -83,10 +85,18 @@ def steps(minutes: float) -> list[Step]:
     ]
 
 
-def tests(whole: bool) -> tuple[tuple[str, ...], ...]:
-    """Those of the kernels, which run on the GPU, and then all others; every case where there is time for them."""
-    words = ["-x", *(["--all"] if whole else []), *(IN_PARALLEL if importlib.util.find_spec("xdist") else ())]
-    return pytest("tests", "-m", "gpu", *words), pytest("tests", "-m", "not gpu", *words)
+def installed(name: str) -> bool:
+    """Whether there is a module of that name."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # nor what it would be in
+        return False
+
+
+def tests(whole: bool) -> tuple[str, ...]:
+    """Those that run on the GPU; every case where there is time for them. All others see none, as without one."""
+    words = ["-x", *(["--all"] if whole else []), *(IN_PARALLEL if installed("xdist") else ())]
+    return pytest("tests", "-m", "gpu", *words)
 
 
 def pytest(*words: str) -> tuple[str, ...]:

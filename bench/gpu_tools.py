@@ -7,6 +7,7 @@ that all else runs anywhere.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,13 +83,14 @@ def graphed(call: Call, device: torch.device) -> Call:
     """A call that replays the launches of ``call`` and returns what it has returned, with the new numbers."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # whatever is made at a first call must be there before the capture
-        for _ in range(WARM_UPS):
-            call()
-    torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    with torch.cuda.stream(stream):  # which is left even where a capture fails
+        for _ in range(WARM_UPS):  # whatever is made at a first call must be there before the capture
+            call()
+        gc.collect()  # nothing may be freed that is found in the middle of the capture
+        with torch.cuda.graph(graph, stream=stream):
+            result = call()
+    torch.cuda.current_stream(device).wait_stream(stream)
 
     def replay() -> Any:
         graph.replay()
@@ -155,16 +157,22 @@ def checked(build: Callable[[int], Case], batch: int) -> Case:
     """
     while batch:
         try:
-            torch.manual_seed(0)
-            case = build(batch)
-            case.check({name: call() for name, call in case.calls.items()})
-            return case
+            return _checked(build, batch)
         except torch.OutOfMemoryError as error:
             problem = str(error).partition("\n")[0]
         batch //= 2
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     raise RunError(f"one picture takes more memory than there is: {problem}")
+
+
+def _checked(build: Callable[[int], Case], batch: int) -> Case:
+    """The case of so many pictures; a function of its own, as what it has made goes with it where memory is short."""
+    torch.manual_seed(0)
+    case = build(batch)
+    case.check({name: call() for name, call in case.calls.items()})
+    return case
 
 
 def peers(calls: Mapping[str, Call]) -> list[tuple[str, str]]:

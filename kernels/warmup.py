@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,11 @@ def compile_ahead(
     """
     if device.type != "cuda" or INTERPRETED:
         return 0
-    launches = list(launches)
+    # In a context of its own, as Triton leaves its mode on there where a kernel doesn't compile.
+    return contextvars.copy_context().run(_compile, list(launches), device, progress, ignore_errors)
+
+
+def _compile(launches: list[Launch], device: torch.device, progress: bool, ignore_errors: bool) -> int:
     workers = len(os.sched_getaffinity(0))
     bar = tqdm(desc="compiling kernels", total=0, leave=False, disable=None if progress else True)
     pool = ThreadPoolExecutor(workers)

@@ -23,11 +23,10 @@ try:
     from nvidia.dali import fn, math, pipeline_def, types
     from nvidia.dali.plugin.base_iterator import LastBatchPolicy
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
-except ImportError as error:
-    raise ImportError(
-        f"the loader needs NVIDIA DALI ({error}): install mnv2 with the extra that fits torch's CUDA, "
-        "`pip install 'mnv2[cuda13]'` (torch from the package index, CPU builds too) or `pip install 'mnv2[cuda12]'`"
-    ) from error
+
+    _ABSENT: ImportError | None = None
+except ImportError as error:  # networks train and are tested on made-up pictures without it
+    _ABSENT = error
 
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
@@ -104,10 +103,26 @@ def profile(name: str, resize: int) -> Profile:
     return _PROFILES[name](resize)
 
 
-# DALI's own arguments (batch_size, num_threads, device_id, seed) go to the constructor that the decorator makes.
-# Checkpointing changes the order of the pictures, so a run that will be resumed must have it on from the start.
-@pipeline_def(enable_checkpointing=True)
-def picture_pipeline(
+def _require_dali() -> None:
+    if _ABSENT is not None:
+        raise InputError(
+            f"the loader needs NVIDIA DALI ({_ABSENT}): install mnv2 with the extra that fits torch's CUDA, `pip "
+            "install 'mnv2[cuda13]'` (torch from the package index, CPU builds too) or `pip install 'mnv2[cuda12]'`"
+        ) from _ABSENT
+
+
+def picture_pipeline(*arguments: Any, **keywords: Any) -> Any:
+    """DALI's pipeline of ``_pictures``, whose arguments go there, and DALI's own (batch_size, seed) to its constructor.
+
+    Raises:
+        InputError: DALI isn't installed.
+    """
+    _require_dali()
+    # Checkpointing changes the order of the pictures, so a run that will be resumed must have it on from the start.
+    return pipeline_def(enable_checkpointing=True)(_pictures)(*arguments, **keywords)
+
+
+def _pictures(
     paths: Sequence[str],
     transform: Augmentation | Profile,
     *,
@@ -376,6 +391,8 @@ def first_undecodable(paths: Sequence[str], threads: int = 1) -> str | None:
 
 
 def _decodes(paths: list[str], threads: int) -> bool:
+    _require_dali()
+
     @pipeline_def(batch_size=len(paths), num_threads=threads, device_id=None, prefetch_queue_depth=1)
     def decoding() -> Any:
         encoded, _ = fn.readers.file(files=paths, labels=list(range(len(paths))))

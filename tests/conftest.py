@@ -65,6 +65,15 @@ def device(request, monkeypatch):
         )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Tests that aren't for a GPU see none, and what they expect is a CPU's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("gpu") is None:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        return (yield)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

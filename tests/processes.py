@@ -22,9 +22,9 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """A user's: the tests' own interpreter of kernels is not part of it."""
+    """A user's without a GPU, which each process would want for itself; the tests' interpreter is no part of it."""
     mine = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return {**mine, "OMP_NUM_THREADS": "1", **more}
+    return {**mine, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
 def run(script: str | Path, *words: object, processes: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
@@ -40,9 +40,9 @@ def popen(command: list[str], **more: str) -> subprocess.Popen[str]:
 
 
 def fork(script: str | Path, *words: object, **more: str) -> Started:
-    """Start ``script`` as `popen` does, at once; on a GPU no fork may use what its parent has begun with."""
+    """Start ``script`` as `popen` does, at once; where there is a GPU no fork has what its libraries have begun."""
     command = [str(ROOT / script), *map(str, words)]
-    if torch.cuda.is_available():
+    if torch.cuda.device_count():
         return popen([sys.executable, *command], PYTHONPATH=str(ROOT), **more)
     return Forked(command, environment(**more))
 

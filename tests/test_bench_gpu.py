@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,15 +156,26 @@ def benchmark_parts():
     return side_by_side, [], timings
 
 
-def test_a_batch_that_fills_memory_is_halved():
+def test_a_batch_that_fills_memory_is_halved_and_gone():
+    tensors: list[weakref.ref] = []
+
     def build(batch: int) -> Case:
-        if batch > 3:
+        assert not any(tensor() is not None for tensor in tensors)
+        if batch > 6:
             raise torch.OutOfMemoryError("no memory\nat all")
-        return Case(f"batch {batch}", batch, {"ours": lambda: batch}, lambda results: None, Counted(1, 1.0, "HBM"))
+        x = torch.zeros(batch)
+        tensors.append(weakref.ref(x))
+
+        def check(results: object) -> None:
+            if batch > 3:
+                raise torch.OutOfMemoryError("no memory for the truth")
+
+        return Case(f"batch {batch}", batch, {"ours": lambda: x}, check, Counted(1, 1.0, "HBM"))
 
     assert checked(build, 12).batch == 3
+    tensors.clear()
     with pytest.raises(RunError, match="one picture takes more memory than there is: no memory$"):
-        checked(lambda batch: build(4), 12)
+        checked(lambda batch: build(7), 12)
 
 
 @pytest.mark.parametrize("job", [JOBS[0], JOBS[3], JOBS[6], JOBS[7], JOBS[8]], ids=str)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 import zlib
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from samples import photo
 
+import mnv2
 from mnv2 import data
 from mnv2.config import InputError, RunError
 from mnv2.data import Augmentation, Loader, Profile, SyntheticLoader, picture_pipeline, profile, steps_per_epoch
@@ -350,15 +352,22 @@ def test_synthetic_pictures_count_like_real_ones():
         SyntheticLoader(5, 10, resize=8, batch_size=8, world=World(), training=True)
 
 
-def test_without_dali_the_extra_is_named(monkeypatch):
+def test_without_dali_the_extra_is_named(monkeypatch, paths):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "mnv2.data")
-    with pytest.raises(ImportError, match=r"the loader needs NVIDIA DALI .*pip install 'mnv2\[cuda13\]'"):
-        __import__("mnv2.data")
-    assert data.fn is not None
+    without = importlib.import_module("mnv2.data")
+    monkeypatch.setattr(mnv2, "data", data)  # which an import has set
+    for call in (
+        lambda: without.Loader(paths, [0] * len(paths), without.Profile(16, 18), batch_size=1, world=World()),
+        lambda: without.first_undecodable(paths),
+    ):
+        with pytest.raises(InputError, match=r"the loader needs NVIDIA DALI .*pip install 'mnv2\[cuda13\]'"):
+            call()
+    assert len(list(without.SyntheticLoader(4, 2, resize=8, batch_size=2, world=World(), training=False))) == 2
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(data._ABSENT is not None, reason="DALI isn't installed")
 def test_the_gpu_pipeline_gives_the_cpus_pictures(paths):
     transform = Profile(32, 36)
     on_cpu = loader(paths, transform)

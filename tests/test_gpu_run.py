@@ -10,9 +10,12 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
+from processes import environment as users_environment
 
 from bench import dali_gpu, environment, gpu, gpu_steps, steps, training_curves, two_ranks
 from bench.steps import Step, run_steps
@@ -182,7 +185,8 @@ def test_the_steps_and_their_time(monkeypatch):
     assert sum(step.seconds for step in quick) == pytest.approx(600)
     words = {step.name: [" ".join(command[1:]) for command in step.commands] for step in whole}
     assert all("--all" in command for command in words["tests"])
-    assert words["bench"] == ["-m pytest bench --record"]
+    assert words["bench"] == ["-m pytest bench/bench_network.py bench/bench_kernels.py --record"]
+    assert all(" -m gpu " in command for command in words["tests"])
     assert not any("--all" in command for step in quick for command in step.commands)
     assert "--quick" in quick[4].commands[0]
     assert [step.name for step, other in zip(whole, quick, strict=True) if step.extent != other.extent] == [
@@ -190,6 +194,11 @@ def test_the_steps_and_their_time(monkeypatch):
         "bench",
     ]
     assert quick[6].why_not == "it needs two GPUs, torch sees 1"
+    assert not quick[2].why_not
+    monkeypatch.setattr(gpu_steps, "installed", lambda name: name != "nvidia.dali")
+    assert gpu_steps.steps(30)[2].why_not == "DALI isn't installed"
+    monkeypatch.undo()
+    assert not gpu_steps.installed("nobodys.module")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert not any(step.why_not for step in gpu_steps.steps(30))
     for step in whole:
@@ -311,3 +320,15 @@ def test_two_ranks_must_give_one_processs_digits(tmp_path, monkeypatch, capsys):
     )
     assert two_ranks.main([str(tmp_path)]) == 1
     assert "mnv2.digits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("marks", [(), ("gpu",)], ids=["not for a GPU", "for a GPU"])
+def test_only_tests_for_a_gpu_see_one(marks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    marked = SimpleNamespace(get_closest_marker=lambda name: name if name in marks else None)
+    protocol = conftest.pytest_runtest_protocol(marked)
+    next(protocol)
+    assert torch.cuda.is_available() == bool(marks)
+    protocol.close()
+    assert torch.cuda.is_available()
+    assert users_environment()["CUDA_VISIBLE_DEVICES"] == ""

@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
 import validate
-from mnv2 import MobileNetV2, inputs
+from mnv2 import MobileNetV2, data, inputs
 from mnv2.config import TrainConfig
 from mnv2.data import Augmentation, Loader, profile
 from mnv2.distributed import World
@@ -519,6 +519,7 @@ def test_torchrun_starts_a_killed_process_again_and_training_goes_on(photos, tmp
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(data._ABSENT is not None, reason="DALI isn't installed")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_training_on_a_gpu_goes_on_to_the_bit(photos, tmp_path, precision):
     words = [*SMALL, "--data_url", str(photos), "--batch_size", "4", "--device", "cuda", "--precision", precision]
