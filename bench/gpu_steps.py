@@ -32,7 +32,7 @@ def steps(minutes: float) -> list[Step]:
     whole = minutes >= WHOLE
     extent = "whole" if whole else "quick"
     folder = shown(FOLDER)
-    gpus = torch.cuda.device_count()
+    gpus, no_dali = torch.cuda.device_count(), "" if installed("nvidia.dali") else "DALI isn't installed"
     tuning = f"{0.8 * seconds['tune'] / 60:.1f}"  # the rest is for the job begun last, which compiles
     return [
         Step(
@@ -53,7 +53,7 @@ def steps(minutes: float) -> list[Step]:
             (module("dali_gpu"),),
             seconds["dali"],
             "see {log}; `python -m bench.dali_gpu` again; DALI's package must be the one for torch's CUDA",
-            why_not="" if installed("nvidia.dali") else "DALI isn't installed",
+            why_not=no_dali,
         ),
         Step(
             "tune",
@@ -79,7 +79,7 @@ def steps(minutes: float) -> list[Step]:
             (module("two_ranks", f"{folder}/two-ranks"),),
             seconds["two-ranks"],
             "see {log}; `NCCL_DEBUG=INFO python -m bench.two_ranks build/gpu/two-ranks` says more",
-            why_not="" if gpus >= 2 else f"it needs two GPUs, torch sees {gpus}",
+            why_not=f"it needs two GPUs, torch sees {gpus}" if gpus < 2 else no_dali,
         ),
         Step("report", (module("report"),), seconds["report"], "see {log}; `python -m bench.report` again"),
     ]
