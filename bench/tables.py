@@ -7,6 +7,7 @@ last has it; each GPU has a table of its own. Rows without ratios are left out o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,28 @@ def suite_tables(suite: str, rows: Sequence[Row]) -> str:
 
 
 def ratios_table(rows: Iterable[Row]) -> str:
-    """Ratios of rows, whose names say what they are of."""
+    """Ratios of rows by their names, which say what they are of, without what all names begin with."""
+    ratios = [ratio for row in rows for ratio in row["ratios"]]
+    units = {ratio["unit"] for ratio in ratios}
+    said = common_words([ratio["name"] for ratio in ratios])
     cells = [
-        [f"{ratio['name']}, {ratio['unit']}", number(ratio["ours"]), number(ratio["theirs"]), ratio_cell(ratio)]
-        for row in rows
-        for ratio in row["ratios"]
+        [
+            ratio["name"][said:] + (f", {ratio['unit']}" if len(units) > 1 else ""),
+            number(ratio["ours"]),
+            number(ratio["theirs"]),
+            ratio_cell(ratio),
+        ]
+        for ratio in ratios
     ]
-    return markdown(["", "ours", "theirs", "ours / theirs (min to max)"], cells)
+    unit = "" if len(units) > 1 else "".join(units)
+    return markdown([unit, "ours", "theirs", "ours / theirs (min to max)"], cells)
+
+
+def common_words(names: Sequence[str]) -> int:
+    """Length of what several names begin with, up to a comma or a colon."""
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)) if len(names) > 1 else ()
+    shared = "".join(letters[0] for letters in same)
+    return max(shared.rfind(mark) + len(mark) if mark in shared else 0 for mark in (", ", ": "))
 
 
 def gpu_tables(suites: Mapping[str, Sequence[Row]]) -> Iterable[str]:

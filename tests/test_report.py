@@ -98,9 +98,9 @@ def test_measured_tables(folder, readme):
     assert text.endswith("-->\nThe end.\n")
     assert "old" not in text
     assert between(text, "loader").splitlines() == [
-        "|  | ours | theirs | ours / theirs (min to max) |",
+        "| ms an image | ours | theirs | ours / theirs (min to max) |",
         "|---|---|---|---|",
-        "| training: PIL, ms an image | 2.00 | 4.00 | 0.50 (0.45 to 0.60) |",
+        "| training: PIL | 2.00 | 4.00 | 0.50 (0.45 to 0.60) |",
         "",
         "AMD EPYC, 2 cores; `pytest bench --record` at commit `4ecc9fa`.",
     ]
@@ -119,15 +119,15 @@ def test_a_case_of_several_cpus_is_that_of_the_last_and_each_gpu_has_a_table(fol
         f"{EPYC}, 2 cores",
         H200,
     ]
-    assert "| batch 1: eager, ms an image | 7.38 | 18.5 | 0.40 (0.36 to 0.48) |" in found
-    assert "| batch 16: compiled, ms an image | 6.39 | 6.47 | 0.99 (0.89 to 1.19) |\n| batch 16: eager" in found
+    assert "| batch 1: eager | 7.38 | 18.5 | 0.40 (0.36 to 0.48) |" in found
+    assert "| compiled | 6.39 | 6.47 | 0.99 (0.89 to 1.19) |\n| eager" in found  # of batch 16 both
     assert "639" not in found
     assert "at commit `1234567` with changes (dirty)." in found
     found = between(text, "gpu")
     assert found.startswith(f"<details><summary>3 cases of kernels on {H200}</summary>\n\n|")
     assert "|  | ours, µs | GB/s | counted, MB |" in found
     assert f"| {BLOCK} | 60.0 | 2,400 | 144 |" in found
-    assert f"| {BLOCK}: eager, us | 60.0 | 240 | 0.25 (0.23 to 0.30) |" in found
+    assert f"| {BLOCK}: eager | 60.0 | 240 | 0.25 (0.23 to 0.30) |" in found
     assert tables.NO_GPU not in text
 
 
@@ -360,3 +360,10 @@ def test_replacing_keeps_what_is_around():
     assert report.replaced(once, wanted, Path("README")) == once
     with pytest.raises(InputError, match="README"):
         report.replaced("", wanted, Path("README"))
+
+
+def test_what_all_names_of_a_table_begin_with_is_not_said():
+    names = ("loader, training: time", "loader, training: CPU time", "loader, evaluation: time")
+    assert tables.common_words(names) == len("loader, ")
+    assert tables.common_words(names[:2]) == len("loader, training: ")
+    assert tables.common_words(names[:1]) == tables.common_words(("a", "b")) == 0
