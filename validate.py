@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import partial
 
 import torch
+from torch import nn
 
 from mnv2 import MobileNetV2
 from mnv2.config import RunError, ValidateConfig, check_backend, exit_status, parse
@@ -24,15 +26,19 @@ from mnv2.inference import InferenceNetwork
 from mnv2.inputs import evaluation_loader
 from mnv2.logs import evaluation_lines
 from mnv2.precision import autocast, dtype, numerics
+from mnv2.predictions import FIRST, check_place, write
 from mnv2.warmup import warm_up
-from mnv2.weights import find
+from mnv2.weights import Weights, find
 
 
 def validate(config: ValidateConfig, world: World) -> Evaluation:
-    """Evaluate as ``config`` says."""
+    """Evaluate as ``config`` says, and print what came out."""
+    if config.results and world.rank == 0:
+        check_place(config.results)
     pictures = None if config.synthetic else list_pictures(config.data_url, "val", config.val_labels)
     trained = find(config.pretrained, config.alpha, config.resize, ema=config.ema)
     loader: Loader | SyntheticLoader
+    names = None
     if pictures is None:
         total, num_classes = config.synthetic, config.num_classes or (trained.num_classes if trained else 1000)
         loader = SyntheticLoader(
@@ -42,6 +48,21 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
         pictures, index, num_classes = prepare(pictures, config, world, trained)
         total = len(pictures)
         loader = evaluation_loader(config, world, pictures, index)
+        names = index.names(num_classes) if config.per_class else None
+    network = load(config, world, trained, num_classes)
+    keep = min(FIRST, num_classes) if config.results or config.per_class else 0
+    with autocast(config.precision, world.device):
+        result = evaluate(network, loader, total, world, config.smooth_factor, keep=keep)
+    if config.results and world.rank == 0:
+        assert pictures is not None
+        assert result.predictions is not None
+        write(config.results, pictures.paths_below(), result.predictions)
+    world.print(evaluation_lines(result, config.smooth_factor, names))
+    return result
+
+
+def load(config: ValidateConfig, world: World, trained: Weights | None, num_classes: int) -> nn.Module:
+    """The network on its device, with its weights, folded and compiled as ``config`` says."""
     torch.manual_seed(config.seed)
     model = MobileNetV2(
         config.alpha, num_classes, backend=config.backend, padding=config.padding, norm_eps=config.norm_eps
@@ -58,8 +79,7 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
     if config.explain:
         world.print(model.explain(*shape, kind) if network is None else network.explain(*shape))
     warm_up(partial(model.warmup, *shape, kind) if network is None else partial(network.warmup, *shape), world)
-    with autocast(config.precision, world.device):
-        return evaluate(model if network is None else network, loader, total, world, config.smooth_factor)
+    return model if network is None else network
 
 
 def folded(model: MobileNetV2, kind: torch.dtype) -> InferenceNetwork:
@@ -70,6 +90,19 @@ def folded(model: MobileNetV2, kind: torch.dtype) -> InferenceNetwork:
         raise RunError(f"can't fold BatchNorm (--fold false goes without): {error}") from None
 
 
+def check_accuracy(config: ValidateConfig, result: Evaluation) -> None:
+    """Raise RunError where top-1 isn't what ``config`` expects."""
+    if config.expect is None:
+        return
+    # In decimal as typed: 0.7197 lies within 0.001 of 0.7187, which binary fractions don't.
+    expect, tolerance = Fraction(str(config.expect)), Fraction(str(config.tolerance))
+    if abs(Fraction(result.top1, result.pictures) - expect) > tolerance:
+        raise RunError(
+            f"--expect: top-1 is {result.top1 / result.pictures:.6g} ({result.top1} of {result.pictures}), expected "
+            f"{config.expect:g} to within {config.tolerance:g}"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     config = parse(ValidateConfig, argv, "Evaluate MobileNetV2.")
@@ -77,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def action() -> None:
         with numerics(config.deterministic), world(config.device, config.run_distribute) as here:
             check_backend(config.backend, here.device)
-            here.print(evaluation_lines(validate(config, here), config.smooth_factor))
+            result = validate(config, here)
+            here.wait()  # the first process has written and printed before any of them fails
+            check_accuracy(config, result)
 
     return exit_status("validate.py", action)
 

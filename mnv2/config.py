@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 
@@ -25,10 +25,13 @@ from kernels.inverted_residual import SAVES
 
 from .model import check_alpha
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 DEFAULT_DATA = "./dataset/imagenet"
 SYNTHETIC_PICTURES = 1024
 
-ConfigT = TypeVar("ConfigT", bound="RunConfig")
+ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
 class InputError(ValueError):
@@ -295,6 +298,20 @@ class ValidateConfig(RunConfig):
     ema: bool = option(True, "take a checkpoint's averaged weights where it has them")
     fold: bool = option(True, "fold BatchNorm into the convolutions and run each block as one operation")
     explain: bool = option(False, "print first which path each layer takes and why, its bytes, and what bounds it")
+    results: str | None = option(None, "write a row of CSV for each picture there: what comes first", metavar="FILE")
+    per_class: bool = option(False, "print the accuracy of each class too, the worst first")
+    expect: float | None = option(None, "share of right pictures (top-1); exit with 1 at another one")
+    tolerance: float = option(0.0, "by how much it may differ from --expect")
+
+    def __post_init__(self) -> None:
+        """Check every value that doesn't need the data to be looked at."""
+        super().__post_init__()
+        for name in ("results", "per_class"):
+            _require(
+                self, name, lambda value: not (value and self.synthetic), "none with --synthetic, which has no files"
+            )
+        _require(self, "expect", lambda value: value is None or 0 <= value <= 1, "a share from 0 to 1")
+        _require(self, "tolerance", lambda value: 0 <= value <= 1, "a share from 0 to 1")
 
 
 def _check(config: RunConfig, name: str, check: Callable[[Any], None]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .config import RunError
 from .data import Batch
 from .distributed import World
+from .predictions import Predictions, first_classes
 from .trainer import Trainer
 
 
@@ -93,7 +94,7 @@ class Evaluation:
     """How many of ``pictures`` were right at first (``top1``) or among the first five (``top5``).
 
     ``loss`` is the mean over the pictures. ``pictures_per_second`` counts all processes, from the moment that the first
-    batch is ready.
+    batch is ready. ``predictions`` are there where they were asked for.
     """
 
     pictures: int
@@ -101,16 +102,24 @@ class Evaluation:
     top5: int
     loss: float
     pictures_per_second: float
+    predictions: Predictions | None = field(default=None, compare=False, repr=False)
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], pictures: int, world: World, smooth_factor: float = 0.0
+    model: nn.Module,
+    batches: Iterable[Batch],
+    pictures: int,
+    world: World,
+    smooth_factor: float = 0.0,
+    *,
+    keep: int = 0,
 ) -> Evaluation:
     """Evaluate ``model``, in eval mode, on the ``pictures`` that the processes' ``batches`` hold together.
 
     Each process fills a table with a row a picture; the tables are disjoint, so their sum is exact, and the result is
-    the same to the last digit for any number of processes.
+    the same to the last digit for any number of processes. ``keep`` is how many classes, at most those of the network,
+    the predictions hold for each picture; 0 for no predictions.
 
     Raises:
         RunError: a picture wasn't seen exactly once.
@@ -124,13 +133,18 @@ def evaluate(
         logits = model(batch.images).float()
         loss = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smooth_factor)
         numbers.append(batch.numbers)
-        results.append(torch.stack([ranks(logits, batch.labels).double(), loss.double()]))
-    table = torch.zeros(3, pictures, dtype=torch.float64)  # times seen, rank of the true class, loss
+        rows = [ranks(logits, batch.labels).double()[None], loss.double()[None]]
+        if keep:
+            classes, probabilities = first_classes(logits, keep)
+            rows += [batch.labels.double()[None], classes.t().double(), probabilities.t().double()]
+        results.append(torch.cat(rows))
+    # Times seen, rank of the true class, loss; label, classes, probabilities.
+    table = torch.zeros(3 + (1 + 2 * keep if keep else 0), pictures, dtype=torch.float64)
     if numbers:
         number = torch.cat(numbers)
-        rows = torch.cat([torch.ones(1, len(number)), torch.cat(results, 1).cpu()])
-        table.index_add_(1, number[number >= 0], rows[:, number >= 0])
-    seen, rank, losses = world.sum(table)
+        columns = torch.cat([torch.ones(1, len(number)), torch.cat(results, 1).cpu()])
+        table.index_add_(1, number[number >= 0], columns[:, number >= 0])
+    seen, rank, losses, *kept = world.sum(table)
     if not bool((seen == 1).all()):
         missed, repeated = int((seen == 0).sum()), int((seen > 1).sum())
         raise RunError(
@@ -146,7 +160,13 @@ def evaluate(
         top5=int((rank < 5).sum()),
         loss=math.fsum(losses.tolist()) / pictures,
         pictures_per_second=pictures / seconds,
+        predictions=_predictions(torch.stack(kept), keep) if keep else None,
     )
+
+
+def _predictions(rows: Tensor, keep: int) -> Predictions:
+    label, classes, probabilities = rows.split([1, keep, keep])
+    return Predictions(label[0].long(), classes.t().long(), probabilities.t())
 
 
 def ranks(logits: Tensor, labels: Tensor) -> Tensor:

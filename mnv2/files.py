@@ -42,10 +42,15 @@ class Pictures:
 
     def listing(self) -> dict[str, Any]:
         """Number of pictures and SHA-256 of their order, files and classes; the same wherever the folder lies."""
-        digest, start = hashlib.sha256(), len(os.path.join(self.folder, ""))
-        for path, name in zip(self.paths, self.names, strict=True):
-            digest.update(f"{path[start:]}\0{name}\0".encode("utf-8", "surrogateescape"))
+        digest = hashlib.sha256()
+        for path, name in zip(self.paths_below(), self.names, strict=True):
+            digest.update(f"{path}\0{name}\0".encode("utf-8", "surrogateescape"))
         return {"pictures": len(self), "sha256": digest.hexdigest()}
+
+    def paths_below(self) -> list[str]:
+        """The paths as seen from the folder."""
+        start = len(os.path.join(self.folder, ""))
+        return [path[start:] for path in self.paths]
 
 
 def list_pictures(data_url: str, split: str, val_labels: str | None = None) -> Pictures:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from kernels.head_inference import conv_relu6_mean_launch, why_torch_head
 from kernels.warmup import compile_ahead
 
 from . import onednn
+from .atomic import replacing
 from .config import InputError, RunError
 from .model import LayerShape, layer_shapes
 
@@ -309,17 +309,11 @@ class InferenceNetwork(nn.Module):
             "dtype": str(self.dtype).removeprefix("torch."),
         }
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        temporary = f"{path}.{os.getpid()}.writing"
         try:
-            save_file(state, temporary, metadata={"format": FORMAT, "network": json.dumps(about)})
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                save_file(state, temporary, metadata={"format": FORMAT, "network": json.dumps(about)})
         except (OSError, SafetensorError) as error:
             raise RunError(f"can't write {path}: {error}") from None
-        finally:
-            with suppress(OSError):
-                os.unlink(temporary)
 
     @classmethod
     def load(cls, path: str, *, backend: str | None = None) -> InferenceNetwork:

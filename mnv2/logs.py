@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any, TextIO, TypeVar
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .config import InputError, TrainConfig
 from .distributed import World
 from .engine import Evaluation, Progress, wilson_interval
+from .predictions import Predictions
 
 T = TypeVar("T")
 
@@ -47,8 +48,11 @@ def evaluation_line(epoch: int, epochs: int, weights: str, result: Evaluation) -
     )
 
 
-def evaluation_lines(result: Evaluation, smooth_factor: float) -> str:
-    """The lines of an evaluation; the last is a Python dictionary of the two accuracies."""
+def evaluation_lines(result: Evaluation, smooth_factor: float, classes: Sequence[str] | None = None) -> str:
+    """The lines of an evaluation; the last is a Python dictionary of the two accuracies.
+
+    With the names of the ``classes`` by number there is a table of them, the worst first.
+    """
     lines = [
         f"{result.pictures} pictures, loss {result.loss:.4f} (label smoothing {smooth_factor:g}), "
         f"{result.pictures_per_second:.1f} pictures a second"
@@ -59,8 +63,19 @@ def evaluation_lines(result: Evaluation, smooth_factor: float) -> str:
             f"{name}: {right} of {result.pictures} right, {right / result.pictures:.2%}, "
             f"95% interval {low:.2%} to {high:.2%}"
         )
+    if classes is not None:
+        assert result.predictions is not None
+        lines += _class_lines(result.predictions, classes)
     accuracies = {"Top_1_Accuracy": result.top1 / result.pictures, "Top_5_Accuracy": result.top5 / result.pictures}
     return "\n".join([*lines, str(accuracies)])
+
+
+def _class_lines(predictions: Predictions, classes: Sequence[str]) -> list[str]:
+    rows = [("class", "pictures", "right", "top-1")]
+    for label, pictures, right in predictions.by_class():
+        rows.append((classes[label], str(pictures), str(right), f"{right / pictures:.2%}"))
+    width = max(len(name) for name, *_ in rows)
+    return [f"{name:{width}}  {pictures:>8}  {right:>8}  {share:>7}" for name, pictures, right, share in rows]
 
 
 def with_progress(items: Iterable[T], total: int, title: str, world: World, *, done: int = 0) -> Iterator[T]:
