@@ -38,7 +38,7 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
     pictures = None if config.synthetic else list_pictures(config.data_url, "val", config.val_labels)
     trained = find(config.pretrained, config.alpha, config.resize, ema=config.ema)
     loader: Loader | SyntheticLoader
-    names = None
+    classes = None
     if pictures is None:
         total, num_classes = config.synthetic, config.num_classes or (trained.num_classes if trained else 1000)
         loader = SyntheticLoader(
@@ -48,8 +48,8 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
         pictures, index, num_classes = prepare(pictures, config, world, trained)
         total = len(pictures)
         loader = evaluation_loader(config, world, pictures, index)
-        names = index.names(num_classes) if config.per_class else None
-    network = load(config, world, trained, num_classes)
+        classes = index.names(num_classes) if config.per_class else None
+    network = make_network(config, world, trained, num_classes)
     keep = min(FIRST, num_classes) if config.results or config.per_class else 0
     with autocast(config.precision, world.device):
         result = evaluate(network, loader, total, world, config.smooth_factor, keep=keep)
@@ -57,11 +57,11 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
         assert pictures is not None
         assert result.predictions is not None
         write(config.results, pictures.paths_below(), result.predictions)
-    world.print(evaluation_lines(result, config.smooth_factor, names))
+    world.print(evaluation_lines(result, config.smooth_factor, classes))
     return result
 
 
-def load(config: ValidateConfig, world: World, trained: Weights | None, num_classes: int) -> nn.Module:
+def make_network(config: ValidateConfig, world: World, trained: Weights | None, num_classes: int) -> nn.Module:
     """The network on its device, with its weights, folded and compiled as ``config`` says."""
     torch.manual_seed(config.seed)
     model = MobileNetV2(
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with numerics(config.deterministic), world(config.device, config.run_distribute) as here:
             check_backend(config.backend, here.device)
             result = validate(config, here)
-            here.wait()  # the first process has written and printed before any of them fails
+        if here.rank == 0:  # all have parted, so that no other tells it again
             check_accuracy(config, result)
 
     return exit_status("validate.py", action)

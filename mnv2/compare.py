@@ -1,8 +1,8 @@
 """Compare two evaluations of the same pictures: ``python -m mnv2.compare A B [--list]``.
 
-A and B are files of ``validate.py --results``. Printed are the accuracy of each, how many pictures each alone has right,
-and what tells a difference from chance: McNemar's exact test, which looks at those pictures alone, and an interval for
-the difference of the accuracies. Pictures may come in any order.
+A and B are files of ``validate.py --results``. Printed are the accuracy of each, how many pictures each alone has
+right, and what tells a difference from chance: McNemar's exact test, which looks at those pictures alone, and an
+interval for the difference of the accuracies. Pictures may come in any order.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .config import InputError, exit_status, option, parse
 from .engine import wilson_interval
@@ -43,8 +44,7 @@ class Outcomes:
         return self.both + self.a_alone + self.b_alone + self.neither
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """By how much the probability of class ``label`` differs for ``picture``.
 
     ``at_least`` where one of the two doesn't list the class, whose probability there is at most that of the last one
@@ -147,6 +147,7 @@ def lines(pairs: Mapping[str, Pair], names: Sequence[str]) -> list[str]:
     """What is printed of two evaluations, whose files are called ``names``."""
     outcomes, total = count(pairs), len(pairs)
     low, high = paired_interval(outcomes)
+    p = mcnemar(outcomes.a_alone, outcomes.b_alone)
     change = largest_change(pairs)
     differ = sum(one.classes[0] != two.classes[0] for one, two in pairs.values())
     found = [f"{total} pictures"]
@@ -154,10 +155,10 @@ def lines(pairs: Mapping[str, Pair], names: Sequence[str]) -> list[str]:
         found += [f"{letter}: {name}", *(f"   {words}" for words in _accuracies(predictions))]
     found += [
         f"both right {outcomes.both}, A alone {outcomes.a_alone}, B alone {outcomes.b_alone}, "
-        f"neither {outcomes.neither}; the first class differs for {differ}",
+        f"neither {outcomes.neither}; predictions differ for {differ}",
         f"B - A: {100 * (outcomes.b_alone - outcomes.a_alone) / total:+.2f} points of top-1, 95% interval "
         f"{100 * low:+.2f} to {100 * high:+.2f} (Newcombe 1998, method 10)",
-        f"McNemar's exact test: p = {mcnemar(outcomes.a_alone, outcomes.b_alone):.3g}",
+        f"McNemar's exact test, two-sided: p {f'= {p:.3g}' if p > 1e-300 else '< 1e-300'}",
         f"largest change of a probability: {'at least ' if change.at_least else ''}{change.size:.3g}, "
         f"of class {change.label} for {change.picture}",
     ]
