@@ -298,7 +298,9 @@ class ValidateConfig(RunConfig):
     ema: bool = option(True, "take a checkpoint's averaged weights where it has them")
     fold: bool = option(True, "fold BatchNorm into the convolutions and run each block as one operation")
     explain: bool = option(False, "print first which path each layer takes and why, its bytes, and what bounds it")
-    results: str | None = option(None, "write a row of CSV for each picture there: what comes first", metavar="FILE")
+    results: str | None = option(
+        None, "write a row of CSV there for each picture: the classes put first", metavar="FILE"
+    )
     per_class: bool = option(False, "print the accuracy of each class too, the worst first")
     expect: float | None = option(None, "share of right pictures (top-1); exit with 1 at another one")
     tolerance: float = option(0.0, "by how much it may differ from --expect")

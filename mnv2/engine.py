@@ -107,13 +107,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    pictures: int,
-    world: World,
-    smooth_factor: float = 0.0,
-    *,
-    keep: int = 0,
+    model: nn.Module, batches: Iterable[Batch], pictures: int, world: World, smooth_factor: float = 0.0, keep: int = 0
 ) -> Evaluation:
     """Evaluate ``model``, in eval mode, on the ``pictures`` that the processes' ``batches`` hold together.
 
@@ -133,17 +127,15 @@ def evaluate(
         logits = model(batch.images).float()
         loss = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smooth_factor)
         numbers.append(batch.numbers)
-        rows = [ranks(logits, batch.labels).double()[None], loss.double()[None]]
+        results.append(torch.stack([ranks(logits, batch.labels).double(), loss.double()]))
         if keep:
-            classes, probabilities = first_classes(logits, keep)
-            rows += [batch.labels.double()[None], classes.t().double(), probabilities.t().double()]
-        results.append(torch.cat(rows))
+            results[-1] = torch.cat([results[-1], *_kept(logits, batch.labels, keep)])
     # Times seen, rank of the true class, loss; label, classes, probabilities.
     table = torch.zeros(3 + (1 + 2 * keep if keep else 0), pictures, dtype=torch.float64)
     if numbers:
         number = torch.cat(numbers)
-        columns = torch.cat([torch.ones(1, len(number)), torch.cat(results, 1).cpu()])
-        table.index_add_(1, number[number >= 0], columns[:, number >= 0])
+        rows = torch.cat([torch.ones(1, len(number)), torch.cat(results, 1).cpu()])
+        table.index_add_(1, number[number >= 0], rows[:, number >= 0])
     seen, rank, losses, *kept = world.sum(table)
     if not bool((seen == 1).all()):
         missed, repeated = int((seen == 0).sum()), int((seen > 1).sum())
@@ -162,6 +154,12 @@ def evaluate(
         pictures_per_second=pictures / seconds,
         predictions=_predictions(torch.stack(kept), keep) if keep else None,
     )
+
+
+def _kept(logits: Tensor, labels: Tensor, keep: int) -> list[Tensor]:
+    """What ``_predictions`` takes apart, a column a picture; fp64 holds class numbers and fp32 exactly."""
+    classes, probabilities = first_classes(logits, keep)
+    return [labels[None].double(), classes.t().double(), probabilities.t().double()]
 
 
 def _predictions(rows: Tensor, keep: int) -> Predictions:
