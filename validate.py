@@ -25,7 +25,7 @@ from mnv2.inputs import evaluation_loader
 from mnv2.logs import evaluation_lines
 from mnv2.precision import autocast, dtype, numerics
 from mnv2.warmup import warm_up
-from mnv2.weights import find
+from mnv2.weights import build, find
 
 
 def validate(config: ValidateConfig, world: World) -> Evaluation:
@@ -43,11 +43,7 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
         total = len(pictures)
         loader = evaluation_loader(config, world, pictures, index)
     torch.manual_seed(config.seed)
-    model = MobileNetV2(
-        config.alpha, num_classes, backend=config.backend, padding=config.padding, norm_eps=config.norm_eps
-    )
-    if trained is not None:
-        trained.load_into(model)
+    model = build(config, num_classes, trained)
     world.print(
         f"alpha {config.alpha}, {config.resize} px, {num_classes} classes, preprocessing {config.preprocessing}, "
         f"weights: {trained or 'none, the network has learnt nothing'}"
