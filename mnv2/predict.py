@@ -120,7 +120,7 @@ def _checked(picture: Picture) -> Picture | Problem:
     try:
         picture.path.encode()
     except UnicodeEncodeError:  # DALI takes no other
-        return Problem(picture.name, "has a name that isn't UTF-8")
+        return Problem(picture.name.encode(errors="backslashreplace").decode(), "has a name that isn't UTF-8")
     problem = fault(picture.path)
     return Problem(picture.name, problem) if problem else picture
 
