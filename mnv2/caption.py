@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-from itertools import count
 from typing import Any
 
 from .config import InputError
@@ -45,15 +44,16 @@ def save_captioned(path: str, words: str, folder: str) -> str:
     content = io.BytesIO()
     picture.save(content, kind, quality=95)
     stem, extension = os.path.splitext(os.path.basename(path))
-    for number in count(1):
-        place = os.path.join(folder, stem + (f"_{number}" if number > 1 else "") + (extension or f".{kind.lower()}"))
+    extension = extension or f".{kind.lower()}"
+    place, number = os.path.join(folder, stem + extension), 1
+    while True:
         try:
             with open(place, "xb") as file:
                 file.write(content.getvalue())
+            return place
         except FileExistsError:
-            continue
-        return place
-    raise AssertionError  # there is always another number
+            number += 1
+            place = os.path.join(folder, f"{stem}_{number}{extension}")
 
 
 def _write(picture: Any, words: str) -> None:

@@ -100,6 +100,9 @@ def find_pictures(files: Sequence[str], folder: str) -> Iterator[Picture | Probl
     for name in files:
         if name == _STDIN:
             path = os.path.join(folder, "stdin")
+            if os.path.exists(path):
+                yield Problem(_STDIN, "was given before, and stdin holds one picture")
+                continue
             with open(path, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
             yield _checked(Picture(path, _STDIN))

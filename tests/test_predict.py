@@ -140,6 +140,11 @@ def test_one_picture_comes_from_stdin(weights, pictures, monkeypatch, tmp_path, 
     assert os.listdir(tmp_path) == ["stdin.jpeg"]
     assert run("-", "--pretrained", weights) == 1  # nothing is left of it
     assert capsys.readouterr() == ("", "mnv2.predict: - is empty\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(pictures[0].read_bytes())))
+    assert run("-", "-", "--pretrained", weights, "--json") == 1
+    output = capsys.readouterr()
+    assert json.loads(output.out)["classes"] == expected
+    assert output.err == "mnv2.predict: - was given before, and stdin holds one picture\n"
 
 
 def test_saved_pictures_have_their_label_drawn_on_them(weights, tmp_path, capsys):
@@ -199,7 +204,7 @@ def test_classes_have_the_names_that_are_known():
 
 
 def test_a_thousand_outputs_are_imagenets(pictures, tmp_path, capsys):
-    network = MobileNetV2(0.35)
+    network = MobileNetV2(0.35, num_classes=1000)
     torch.nn.init.zeros_(network.classifier[1].weight)
     torch.nn.init.zeros_(network.classifier[1].bias)
     network.classifier[1].bias.data[283] = 9
