@@ -28,7 +28,7 @@ from mnv2.logs import evaluation_lines
 from mnv2.precision import autocast, dtype, numerics
 from mnv2.predictions import FIRST, check_place, write
 from mnv2.warmup import warm_up
-from mnv2.weights import Weights, find
+from mnv2.weights import Weights, build, find
 
 
 def validate(config: ValidateConfig, world: World) -> Evaluation:
@@ -64,11 +64,7 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
 def make_network(config: ValidateConfig, world: World, trained: Weights | None, num_classes: int) -> nn.Module:
     """The network on its device, with its weights, folded and compiled as ``config`` says."""
     torch.manual_seed(config.seed)
-    model = MobileNetV2(
-        config.alpha, num_classes, backend=config.backend, padding=config.padding, norm_eps=config.norm_eps
-    )
-    if trained is not None:
-        trained.load_into(model)
+    model = build(config, num_classes, trained)
     world.print(
         f"alpha {config.alpha}, {config.resize} px, {num_classes} classes, preprocessing {config.preprocessing}, "
         f"weights: {trained or 'none, the network has learnt nothing'}"

@@ -82,7 +82,8 @@ def option(default: Any, help: str, **settings: Any) -> Any:
     """Field of a configuration: its default, its help text and ``choices``, ``parse`` or ``const`` for its flag.
 
     A ``fixed`` one can't change when training goes on from a checkpoint: it would be another network, other batches, or
-    a state that doesn't fit. A ``positional`` one has no flag: it must be given, in its place.
+    a state that doesn't fit. A ``positional`` one has no flag: it must be given, in its place. One with argparse's
+    ``action`` is argparse's altogether.
     """
     return dataclasses.field(default=default, metadata={"help": help, **settings})
 
@@ -113,38 +114,31 @@ def parse_resume(text: str) -> str | None:
         return text
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """What training and evaluation share."""
+def _pretrained(default: bool) -> Any:
+    return option(
+        default, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
+    )
 
-    data_url: str = option(DEFAULT_DATA, "folder that holds train/ and val/, each with one folder of pictures a class")
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What every run of a network on pictures has: the network, what becomes of a picture, and where it runs."""
+
     arch: str = option("mobilenetv2", "network", choices=("mobilenetv2",), fixed=True)
     alpha: float = option(1.0, "width multiplier; 1.4, 1.3, 1.0, 0.75, 0.5 and 0.35 are published", fixed=True)
     resize: int = option(224, "side of the network's input in pixels", fixed=True)
-    num_classes: int | None = option(None, "outputs of the network; None for what the weights or the data have")
-    pretrained: bool | str = option(
-        False, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
-    )
+    pretrained: bool | str = _pretrained(False)
     backend: str = option("auto", "how blocks run: Triton kernels, PyTorch, or what the GPU allows", choices=BACKENDS)
     padding: str = option("symmetric", "zeros at stride 2: torchvision's or TensorFlow's", choices=PADDINGS, fixed=True)
     norm_eps: float = option(1e-5, "epsilon of every BatchNorm; 1e-3 for TensorFlow's weights", fixed=True)
     batch_size: int = option(64, "pictures a process and forward pass", fixed=True)
     num_parallel_workers: int = option(8, "decoding threads a process, at most one a core")
-    class_index: str = option(
-        "auto", "a class's number: auto, folders (sorted), imagenet, or a FILE of one class a line", metavar="RULE"
-    )
     preprocessing: str = option(
         "reference",
         "evaluation's resize and crop: short side + 32, torchvision's 256/224, timm's 0.875 bicubic, or tf's with "
         "inputs in [-1, 1]",
         choices=("reference", "torchvision", "timm", "tf"),
     )
-    val_labels: str | None = option(
-        None, "file of names and classes for a flat val/ (Kaggle's LOC_val_solution.csv too)", metavar="FILE"
-    )
-    bad_files: str = option("error", "stop at a damaged file, or leave it out", choices=("error", "skip"))
-    synthetic: int = option(0, "this many made-up pictures instead of --data_url", const=SYNTHETIC_PICTURES, fixed=True)
-    smooth_factor: float = option(0.1, "label smoothing of the loss, 0 for none")
     precision: str = option(
         "fp32",
         "of the network's arithmetic; fp16 and bf16 through torch.autocast",
@@ -152,9 +146,7 @@ class RunConfig:
         fixed=True,
     )
     device: str = option("auto", "where the network runs", choices=("auto", "cuda", "cpu"))
-    run_distribute: bool = option(True, "False refuses a launcher that has started several processes")
     deterministic: bool = option(False, "algorithms that give the same bits each time, also on a GPU, where slower")
-    seed: int = option(0, "seed of weights, order and augmentation", fixed=True)
 
     def __post_init__(self) -> None:
         """Check every value that doesn't need the data to be looked at."""
@@ -163,13 +155,7 @@ class RunConfig:
         _require(self, "resize", lambda value: 1 <= value <= 8192, "an integer from 1 to 8192")
         for name in ("batch_size", "num_parallel_workers"):
             _require(self, name, lambda value: 1 <= value <= 65536, "an integer from 1 to 65536")
-        _require(
-            self, "num_classes", lambda value: value is None or 1 <= value <= 10**6, "an integer from 1 to 1000000"
-        )
-        _require(self, "synthetic", lambda value: 0 <= value <= 10**9, "a number of pictures from 0 to 1000000000")
         _require(self, "norm_eps", lambda value: 0 < value < 1, "a number over 0 and under 1")
-        _require(self, "smooth_factor", lambda value: 0 <= value < 1, "a number from 0 up to, but not, 1")
-        _require(self, "seed", lambda value: 0 <= value < 2**31, "an integer from 0 up to, but not, 2^31")
         for field in dataclasses.fields(self):
             if isinstance(getattr(self, field.name), str):
                 _require(self, field.name, lambda value: value, "some text")
@@ -181,6 +167,35 @@ class RunConfig:
     def threads(self) -> int:
         """Decoding threads: as many as asked for, at most one a core."""
         return min(self.num_parallel_workers, len(os.sched_getaffinity(0)))
+
+
+@dataclass(frozen=True)
+class RunConfig(NetworkConfig):
+    """What training and evaluation share."""
+
+    data_url: str = option(DEFAULT_DATA, "folder that holds train/ and val/, each with one folder of pictures a class")
+    num_classes: int | None = option(None, "outputs of the network; None for what the weights or the data have")
+    class_index: str = option(
+        "auto", "a class's number: auto, folders (sorted), imagenet, or a FILE of one class a line", metavar="RULE"
+    )
+    val_labels: str | None = option(
+        None, "file of names and classes for a flat val/ (Kaggle's LOC_val_solution.csv too)", metavar="FILE"
+    )
+    bad_files: str = option("error", "stop at a damaged file, or leave it out", choices=("error", "skip"))
+    synthetic: int = option(0, "this many made-up pictures instead of --data_url", const=SYNTHETIC_PICTURES, fixed=True)
+    smooth_factor: float = option(0.1, "label smoothing of the loss, 0 for none")
+    run_distribute: bool = option(True, "False refuses a launcher that has started several processes")
+    seed: int = option(0, "seed of weights, order and augmentation", fixed=True)
+
+    def __post_init__(self) -> None:
+        """Check every value that doesn't need the data to be looked at."""
+        super().__post_init__()
+        _require(
+            self, "num_classes", lambda value: value is None or 1 <= value <= 10**6, "an integer from 1 to 1000000"
+        )
+        _require(self, "synthetic", lambda value: 0 <= value <= 10**9, "a number of pictures from 0 to 1000000000")
+        _require(self, "smooth_factor", lambda value: 0 <= value < 1, "a number from 0 up to, but not, 1")
+        _require(self, "seed", lambda value: 0 <= value < 2**31, "an integer from 0 up to, but not, 2^31")
 
 
 @dataclass(frozen=True)
@@ -289,13 +304,17 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class ValidateConfig(RunConfig):
+class TrainedConfig(NetworkConfig):
+    """What runs a network that has learnt something."""
+
+    pretrained: bool | str = _pretrained(True)
+    ema: bool = option(True, "take a checkpoint's averaged weights where it has them")
+
+
+@dataclass(frozen=True)
+class ValidateConfig(TrainedConfig, RunConfig):
     """An evaluation."""
 
-    pretrained: bool | str = option(
-        True, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
-    )
-    ema: bool = option(True, "take a checkpoint's averaged weights where it has them")
     fold: bool = option(True, "fold BatchNorm into the convolutions and run each block as one operation")
     explain: bool = option(False, "print first which path each layer takes and why, its bytes, and what bounds it")
     results: str | None = option(
@@ -316,14 +335,14 @@ class ValidateConfig(RunConfig):
         _require(self, "tolerance", lambda value: 0 <= value <= 1, "a share from 0 to 1")
 
 
-def _check(config: RunConfig, name: str, check: Callable[[Any], None]) -> None:
+def _check(config: NetworkConfig, name: str, check: Callable[[Any], None]) -> None:
     try:
         check(getattr(config, name))
     except ValueError as error:
         raise InputError(f"--{error}") from None
 
 
-def _require(config: RunConfig, name: str, holds: Callable[[Any], object], expected: str) -> None:
+def _require(config: NetworkConfig, name: str, holds: Callable[[Any], object], expected: str) -> None:
     value = getattr(config, name)
     if not holds(value):
         raise InputError(f"--{name}: expected {expected}, got {value if value != '' else 'nothing'}")
@@ -351,7 +370,7 @@ def parse(config: type[ConfigT], argv: Sequence[str] | None, description: str) -
     values = vars(parser.parse_args([_underscored(word) for word in argv]))
     for field in dataclasses.fields(config):
         if isinstance(values[field.name], list):
-            values[field.name] = _numbers(parser, field.name, types[field.name], values[field.name])
+            values[field.name] = _values(parser, field.name, types[field.name], values[field.name])
     try:
         return config(**values)
     except InputError as error:
@@ -360,6 +379,8 @@ def parse(config: type[ConfigT], argv: Sequence[str] | None, description: str) -
 
 def _argument(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     settings = dict(field.metadata)
+    if "action" in settings:
+        return settings
     parse_value = settings.pop("parse", None)
     for ours in ("fixed", "positional"):
         settings.pop(ours, None)
@@ -387,8 +408,10 @@ def _underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _numbers(parser: _Parser, name: str, kind: Any, words: list[str]) -> tuple[Any, ...]:
+def _values(parser: _Parser, name: str, kind: Any, words: list[str]) -> tuple[Any, ...]:
     member, *rest = typing.get_args(kind)
+    if member is str:
+        return tuple(words)
     wanted = ("integers" if member is int else "numbers") if rest == [...] else "two numbers"
     try:
         numbers = tuple(member(item) for word in words for item in word.split(",") if item)

@@ -34,6 +34,15 @@ _READER = "reader"
 _SEARCHED = 64  # files decoded at once in the search for one that fails
 
 
+class BadFileError(InputError):
+    """The file at ``path`` can't be decoded, for the reason ``problem``, though the check before passed it."""
+
+    def __init__(self, path: str, problem: str, remedy: str):
+        super().__init__(f"{path} {problem}; {remedy}")
+        self.path = path
+        self.problem = problem
+
+
 class LoaderState(TypedDict):
     """Batches of the epoch that are used, and DALI's own state of reader and random numbers (None without DALI)."""
 
@@ -234,7 +243,7 @@ class Loader:
             from there.
 
     Raises:
-        InputError: there are too few pictures for one training step, or a file can't be decoded (it is named).
+        InputError: there are too few pictures for one training step, or a file can't be decoded (a BadFileError).
     """
 
     def __init__(
@@ -341,11 +350,10 @@ class Loader:
             # A file may have changed since it was checked.
             for path in self._paths:
                 if problem := fault(path):
-                    raise InputError(f"{path} {problem} by now; mend or remove it") from error
+                    raise BadFileError(path, f"{problem} by now", "mend or remove it") from error
             if bad := first_undecodable(self._paths, self._threads):
-                raise InputError(
-                    f"{bad} looks whole but can't be decoded; mend or remove it (--bad_files can't find such a file)"
-                ) from error
+                remedy = "mend or remove it (--bad_files can't find such a file)"
+                raise BadFileError(bad, "looks whole but can't be decoded", remedy) from error
             cause = [line for line in str(error).splitlines() if line.strip() and "pipeline" not in line]
             raise RunError(f"the loader failed at no single file: {cause[0] if cause else error}") from error
 

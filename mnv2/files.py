@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,7 +77,7 @@ def list_pictures(data_url: str, split: str, val_labels: str | None = None) -> P
         pictures = _list_flat(folder, val_labels)
     elif classes:
         pictures = _list_classes(folder, classes)
-    elif _pictures_below(folder, Counter()):
+    elif pictures_below(folder, Counter()):
         raise InputError(
             f"--val_labels: expected a file that tells the classes of the pictures in {folder}, which has no class "
             "folders (or sort them into one folder a class)"
@@ -161,7 +162,7 @@ def check_pictures(pictures: Pictures, bad_files: str, world: World) -> Pictures
     world.print(
         f"{pictures.folder}: {len(kept)} pictures of {len(pictures.classes)} classes"
         + (f", {len(problems)} left out as named above" if problems else "")
-        + _passed_over(pictures.passed_over)
+        + passed_over_words(pictures.passed_over)
     )
     return replace(
         pictures,
@@ -176,7 +177,7 @@ def _list_classes(folder: str, classes: list[str]) -> Pictures:
     for path in _pictures_in(folder, os.listdir(folder), pictures.passed_over):
         pictures.problems.append((path, "lies in no class folder"))
     for name in classes:
-        found = _pictures_below(os.path.join(folder, name), pictures.passed_over)
+        found = pictures_below(os.path.join(folder, name), pictures.passed_over)
         if not found:
             pictures.problems.append((os.path.join(folder, name), "is a class without pictures"))
         pictures.paths.extend(found)
@@ -186,7 +187,7 @@ def _list_classes(folder: str, classes: list[str]) -> Pictures:
 
 def _list_flat(folder: str, val_labels: str) -> Pictures:
     passed_over: Counter[str] = Counter()
-    paths = _pictures_below(folder, passed_over)
+    paths = pictures_below(folder, passed_over)
     classes = read_labels(val_labels, [os.path.basename(path) for path in paths])
     pictures = Pictures(folder, [], [], sorted(set(classes.values())), passed_over=passed_over)
     for path in paths:
@@ -203,10 +204,17 @@ def _list_flat(folder: str, val_labels: str) -> Pictures:
     return pictures
 
 
-def _pictures_below(folder: str, passed_over: Counter[str]) -> list[str]:
-    def unreadable(error: OSError) -> None:
-        raise InputError(f"--data_url: can't read {error.filename}: {error.strerror}")
+def _refuse(error: OSError) -> None:
+    raise InputError(f"--data_url: can't read {error.filename}: {error.strerror}")
 
+
+def pictures_below(
+    folder: str, passed_over: Counter[str], unreadable: Callable[[OSError], None] = _refuse
+) -> list[str]:
+    """The pictures in ``folder`` and in the folders below it, each in order; ``passed_over`` counts what isn't one.
+
+    ``unreadable`` is told of each folder that can't be read.
+    """
     found = []
     for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         kept = []
@@ -245,7 +253,8 @@ def _pictures_in(folder: str, names: list[str], passed_over: Counter[str]) -> li
     return found
 
 
-def _passed_over(counts: Counter[str]) -> str:
+def passed_over_words(counts: Counter[str]) -> str:
+    """What ``counts`` says to a reader; nothing where all were pictures."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common() if count)
     return f"; passed over as no pictures by name: {kinds}" if kinds else ""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .config import RunConfig, TrainConfig
+from .config import NetworkConfig, RunConfig, TrainConfig
 from .data import Augmentation, Loader, LoaderState, SyntheticLoader, profile
 from .distributed import World
 from .files import Pictures, check_pictures, list_pictures, prepare
@@ -95,9 +96,14 @@ def training_loader(
 
 def evaluation_loader(config: RunConfig, world: World, pictures: Pictures, index: ClassIndex) -> Loader:
     """Batches that hold each of ``pictures`` once."""
+    return files_loader(config, world, pictures.paths, index.labels(pictures.names))
+
+
+def files_loader(config: NetworkConfig, world: World, paths: Sequence[str], labels: Sequence[int]) -> Loader:
+    """Batches that hold the picture of each file once, prepared as for an evaluation."""
     return Loader(
-        pictures.paths,
-        index.labels(pictures.names),
+        paths,
+        labels,
         profile(config.preprocessing, config.resize),
         batch_size=config.batch_size,
         world=world,

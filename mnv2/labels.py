@@ -56,6 +56,19 @@ def imagenet_classes() -> tuple[tuple[str, str], ...]:
     return tuple((identifier, names) for _, identifier, names in rows)
 
 
+def class_names(outputs: int, trained: Sequence[str] | None) -> list[str]:
+    """What a reader calls each of a network's classes.
+
+    The names that the weights recorded, in English where they are ImageNet's WordNet ids; ImageNet's where nothing is
+    recorded and there are 1000 outputs; else, and for a number without a class, the number.
+    """
+    if trained is None and outputs == len(imagenet_classes()):
+        trained = [identifier for identifier, _ in imagenet_classes()]
+    english = dict(imagenet_classes())
+    recorded = trained or [""] * outputs
+    return [english.get(name, name) or str(number) for number, name in enumerate(recorded)]
+
+
 def class_index(
     rule: str,
     found: Sequence[str],

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .config import InputError
+from .config import InputError, NetworkConfig
 from .model import MobileNetV2
 
 _CLASSIFIER_PREFIX = "classifier.1."
@@ -69,6 +69,20 @@ class Weights:
             if name not in wanted:
                 raise InputError(f"--pretrained: {self.path} holds {name}, which MobileNetV2 doesn't have")
         model.load_state_dict(state)
+
+
+def build(config: NetworkConfig, num_classes: int, weights: Weights | None) -> MobileNetV2:
+    """The network of ``config`` with ``num_classes`` outputs, and ``weights`` in it where there are some.
+
+    Raises:
+        InputError: they don't fit it.
+    """
+    model = MobileNetV2(
+        config.alpha, num_classes, backend=config.backend, padding=config.padding, norm_eps=config.norm_eps
+    )
+    if weights is not None:
+        weights.load_into(model)
+    return model
 
 
 def find(pretrained: bool | str, alpha: float, resize: int, *, ema: bool = True) -> Weights | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,16 @@ def write_photos(folder: Path, count: int, classes=CLASSES, start: int = 0) -> l
         paths.append(place / f"{number:03d}.jpg")
         photo(start + number, width, height).save(paths[-1], quality=92)
     return sorted(paths)
+
+
+def write_undecodable(path: Path) -> None:
+    """A PNG that looks whole, checksums too, but whose data no decoder takes."""
+    photo(1, 60, 60).save(path)
+    content = bytearray(path.read_bytes())
+    content[100:200] = bytes(100)  # inside the first chunk of data, whose checksum is made right again
+    length = int.from_bytes(content[33:37], "big")
+    content[41 + length : 45 + length] = zlib.crc32(content[37 : 41 + length]).to_bytes(4, "big")
+    path.write_bytes(content)
 
 
 def save_weights(path: Path | str, model: MobileNetV2, classes: list[str] | None, **config) -> None:

@@ -3,14 +3,13 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
-import zlib
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from samples import photo
+from samples import photo, write_undecodable
 
 import mnv2
 from mnv2 import data
@@ -214,12 +213,7 @@ def test_pictures_are_not_turned_by_their_exif(tmp_path):
 
 def test_a_file_that_fails_to_decode_is_named(paths, tmp_path):
     bad = tmp_path / "bad.png"
-    photo(1, 60, 60).save(bad)
-    content = bytearray(bad.read_bytes())
-    content[100:200] = bytes(100)  # inside the first chunk of data, whose checksum is made right again
-    length = int.from_bytes(content[33:37], "big")
-    content[41 + length : 45 + length] = zlib.crc32(content[37 : 41 + length]).to_bytes(4, "big")
-    bad.write_bytes(content)
+    write_undecodable(bad)
     for transform in (Profile(16, 18), Augmentation(16)):
         with pytest.raises(InputError, match=r"bad.png looks whole but can't be decoded; mend or remove it"):
             for _ in loader([*paths, str(bad)], transform, 2):

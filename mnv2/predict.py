@@ -1,0 +1,231 @@
+"""What a trained network sees in pictures.
+
+    python -m mnv2.predict FILE... --pretrained WEIGHTS [--topk 5] [--json] [--save DIR]
+
+A FILE is a picture, a folder with pictures in it or below it, or `-` for one picture from stdin. The pictures are
+prepared as validate.py prepares them, and go through the folded network. Each gives its path, its likeliest classes,
+and the best one as a dictionary of number and name; with `--json`, one object a line. What can't be decoded is named on
+stderr, the others are predicted, and the exit status is 1. `--help` lists the flags.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .caption import require_pillow, save_captioned
+from .config import InputError, RunError, TrainedConfig, check_backend, exit_status, option, parse
+from .data import BadFileError
+from .distributed import World, world
+from .files import passed_over_words, pictures_below
+from .fold import fold
+from .inference import InferenceNetwork
+from .inputs import files_loader
+from .integrity import fault
+from .labels import class_names
+from .precision import autocast, dtype, numerics
+from .weights import Weights, build, find
+
+_STDIN = "-"
+
+
+@dataclass(frozen=True)
+class PredictConfig(TrainedConfig):
+    """What is predicted, and how it is told."""
+
+    files: tuple[str, ...] = option(
+        (), "pictures, folders of pictures, or - for one from stdin", positional=True, metavar="FILE"
+    )
+    topk: int = option(5, "classes that are told of each picture")
+    json: bool = option(False, "print one JSON object a line", action="store_true")
+    save: str | None = option(None, "write each picture with its label drawn on it there", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        """Check every value that doesn't need the pictures to be looked at."""
+        super().__post_init__()
+        if self.topk < 1:
+            raise InputError(f"--topk: expected a positive integer, got {self.topk}")
+
+
+class Picture(NamedTuple):
+    """A file, and what the user calls it."""
+
+    path: str
+    name: str
+
+
+class Problem(NamedTuple):
+    """What is wrong with the picture or folder called ``name``."""
+
+    name: str
+    problem: str
+
+
+class Answer(NamedTuple):
+    """The likeliest classes of a picture, best first: number, name and probability of each."""
+
+    picture: Picture
+    classes: list[tuple[int, str, float]]
+
+    @property
+    def best(self) -> dict[int, str]:
+        """Number and name of the likeliest class."""
+        number, name, _ = self.classes[0]
+        return {number: name}
+
+    def text(self) -> str:
+        """Lines for a reader."""
+        width = max(len(name) for _, name, _ in self.classes)
+        lines = [f"  {rank}. {name:{width}}  {share:.4f}" for rank, (_, name, share) in enumerate(self.classes, 1)]
+        return "\n".join([self.picture.name, *lines, str(self.best)])
+
+    def json(self) -> str:
+        """One line for a program."""
+        classes = [{"class": number, "name": name, "probability": share} for number, name, share in self.classes]
+        return json.dumps({"path": self.picture.name, "classes": classes})
+
+
+def find_pictures(files: Sequence[str], folder: str) -> Iterator[Picture | Problem]:
+    """The pictures that ``files`` name, checked, and what is wrong with the others; stdin's goes into ``folder``."""
+    for name in files:
+        if name == _STDIN:
+            path = os.path.join(folder, "stdin")
+            if os.path.exists(path):
+                yield Problem(_STDIN, "was given before, and stdin holds one picture")
+                continue
+            with open(path, "wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            yield _checked(Picture(path, _STDIN))
+        elif os.path.isdir(name):
+            passed_over: Counter[str] = Counter()
+            unreadable: list[OSError] = []
+            paths = pictures_below(name, passed_over, unreadable.append)
+            yield from (Problem(str(error.filename), f"can't be read: {error.strerror}") for error in unreadable)
+            if not paths and not unreadable:
+                yield Problem(name, f"holds no pictures{passed_over_words(passed_over)}")
+            for path in paths:
+                yield _checked(Picture(path, path))
+        else:
+            yield _checked(Picture(name, name))
+
+
+def _checked(picture: Picture) -> Picture | Problem:
+    try:
+        picture.path.encode()
+    except UnicodeEncodeError:  # DALI takes no other
+        return Problem(picture.name.encode(errors="backslashreplace").decode(), "has a name that isn't UTF-8")
+    problem = fault(picture.path)
+    return Problem(picture.name, problem) if problem else picture
+
+
+@torch.inference_mode()
+def logits(
+    config: PredictConfig, here: World, network: InferenceNetwork, pictures: Sequence[Picture]
+) -> Iterator[tuple[Picture, Tensor] | Problem]:
+    """Each picture's logits ``[classes]`` in fp32, in order, or why there are none."""
+    rest = list(pictures)
+    while rest:
+        batches = replace(config, batch_size=min(config.batch_size, len(rest)))
+        done = 0
+        try:
+            for batch in files_loader(batches, here, [picture.path for picture in rest], [0] * len(rest)):
+                with autocast(config.precision, here.device):
+                    rows = network(batch.images).float().cpu()
+                for row in rows[batch.numbers >= 0]:
+                    yield rest[done], row
+                    done += 1
+            return
+        except BadFileError as bad:  # the loader is lost with it: go on with another
+            rest = rest[done:]
+            yield from (Problem(picture.name, bad.problem) for picture in rest if picture.path == bad.path)
+            rest = [picture for picture in rest if picture.path != bad.path]
+
+
+def answers(
+    config: PredictConfig, here: World, weights: Weights, pictures: Sequence[Picture]
+) -> Iterator[Answer | Problem]:
+    """What ``weights`` say to each of ``pictures``, in order."""
+    model = build(config, weights.num_classes, weights).to(here.device).eval()
+    try:
+        network = fold(model, dtype(config.precision))
+    except ValueError as error:
+        raise RunError(f"can't fold BatchNorm: {error}") from None
+    if here.device.type == "cuda":
+        network.warmup(min(config.batch_size, len(pictures)), config.resize)
+    names = class_names(weights.num_classes, weights.classes)
+    for found in logits(config, here, network, pictures):
+        if isinstance(found, Problem):
+            yield found
+            continue
+        picture, row = found
+        if not row.isfinite().all():
+            yield Problem(picture.name, "makes the network give numbers that aren't finite")
+            continue
+        shares = row.softmax(0).tolist()
+        # Of equal logits the lower class comes first, as in an evaluation.
+        best = row.argsort(descending=True, stable=True)[: config.topk].tolist()
+        yield Answer(picture, [(number, names[number], shares[number]) for number in best])
+
+
+def predict(config: PredictConfig, here: World) -> Iterator[Answer | Problem]:
+    """What is in the pictures of ``config``, and what failed."""
+    if here.size > 1:
+        raise InputError(f"expected one process, got {here.size}")
+    weights = find(config.pretrained, config.alpha, config.resize, ema=config.ema)
+    if weights is None:
+        raise InputError("--pretrained: expected weights, got False, which is a network that has learnt nothing")
+    if config.save is not None:
+        require_pillow("--save")
+        os.makedirs(config.save, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = []
+        for found in find_pictures(config.files, folder):
+            if isinstance(found, Picture):
+                pictures.append(found)
+            else:
+                yield found
+        for answer in answers(config, here, weights, pictures) if pictures else ():
+            yield answer
+            if config.save is not None and isinstance(answer, Answer):
+                yield from _save(answer, config.save)
+
+
+def _save(answer: Answer, folder: str) -> Iterator[Problem]:
+    _, name, share = answer.classes[0]
+    try:
+        save_captioned(answer.picture.path, f"{name} {share:.1%}", folder)
+    except (OSError, ValueError) as error:
+        yield Problem(answer.picture.name, f"can't be saved with its label: {error}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    config = parse(PredictConfig, argv, "What a trained network sees in pictures.")
+    failures = 0
+
+    def action() -> None:
+        nonlocal failures
+        with numerics(config.deterministic), world(config.device) as here:
+            check_backend(config.backend, here.device)
+            for found in predict(config, here):
+                if isinstance(found, Problem):
+                    failures += 1
+                    sys.stderr.write(f"mnv2.predict: {found.name} {found.problem}\n")
+                else:
+                    print(found.json() if config.json else found.text(), flush=True)
+
+    return exit_status("mnv2.predict", action) or int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
