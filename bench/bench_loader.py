@@ -36,6 +36,7 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
+from bench.pictures import photograph
 from bench.timing import Call, ratio_of, significant
 from mnv2.data import (
     IMAGENET_MEAN,
@@ -65,11 +66,8 @@ def paths(tmp_path_factory) -> list[str]:
     generator = np.random.default_rng(0)
     paths = []
     for number in range(FILES):
-        coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
-        pixels = pixels + generator.normal(0, 14, pixels.shape)
         paths.append(str(folder / f"{number:04d}.jpg"))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
+        photograph(generator, (500, 375), 14).save(paths[-1], quality=90)
     return paths * (PICTURES // FILES)
 
 

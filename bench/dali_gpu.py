@@ -22,7 +22,8 @@ from mnv2.config import InputError, RunError, exit_status, option, parse
 from mnv2.data import IMAGENET_STD, Batch, Loader, profile
 from mnv2.distributed import World
 
-from .figures import check_sizes
+from .figures import check_sizes, device_called
+from .pictures import photograph
 
 SIZES = ((500, 375), (375, 500), (640, 480), (333, 251), (300, 300))
 MEAN_LEVELS, PICTURE_LEVELS = 1.0, 2.0  # 8-bit levels of mean absolute difference
@@ -42,20 +43,15 @@ class DaliConfig:
 
 
 def write_pictures(folder: Path, count: int) -> list[str]:
-    """Smooth coloured pictures with some noise, as photographs are."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise InputError(f"pictures need pillow ({error}): pip install 'mnv2[bench]'") from None
+    """JPEGs of made-up photographs of several sizes."""
     paths = []
     for number in range(count):
-        generator = np.random.default_rng(number)
-        size = SIZES[number % len(SIZES)]
-        coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.float32)
-        pixels = pixels + generator.normal(0, 6, pixels.shape)
         paths.append(str(folder / f"{number:04d}.jpg"))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=92)
+        try:
+            picture = photograph(np.random.default_rng(number), SIZES[number % len(SIZES)], 6)
+        except ImportError as error:
+            raise InputError(f"pictures need pillow ({error}): pip install 'mnv2[bench]'") from None
+        picture.save(paths[-1], quality=92)
     return paths
 
 
@@ -91,9 +87,7 @@ def compare(mine: Sequence[Batch], cpus: Sequence[Batch]) -> list[float]:
 
 def run(config: DaliConfig) -> None:
     """Compare and tell."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device: expected a GPU that torch sees, got none")
-    device = torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
+    device = device_called(config.device)
     with tempfile.TemporaryDirectory() as folder:
         paths = write_pictures(Path(folder), config.pictures)
         found = [batches(paths, config.resize, one) for one in (device, torch.device("cpu"))]

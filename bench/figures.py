@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from mnv2.config import InputError
 from mnv2.logs import versions
 from mnv2.model import check_alpha
@@ -24,6 +26,15 @@ def check_sizes(alpha: float, **positive: int) -> None:
         check_alpha(alpha)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def device_called(name: str) -> torch.device:
+    """The CPU, or the current GPU; InputError where torch sees none."""
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("--device: expected a GPU that torch sees, got none")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def run_interpreted(module: str, words: Sequence[str], *, quiet: bool = False) -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
     """Write ``content`` to ``path``: all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    from mnv2.atomic import replacing  # and torch with it, before which bench.aot looks at its environment
+
+    with replacing(str(path)) as temporary:
+        Path(temporary).write_bytes(content.encode() if isinstance(content, str) else content)

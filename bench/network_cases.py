@@ -68,7 +68,7 @@ def settle(model: MobileNetV2, x: Tensor) -> None:
     """Give ``model`` the running statistics of ``x``: with those of a new one logits are 1e-9, and all look alike."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None
+        norm.momentum = None  # the average over all batches: of this one alone
     model.train()(x)
     for norm in norms:
         norm.momentum = 0.1

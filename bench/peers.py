@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from mnv2 import MobileNetV2
 
+from .network_cases import settle
+
 NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _torchvision: torch.library.Library | None = None  # what it defines goes with it
 
@@ -51,17 +53,13 @@ def with_statistics(model: MobileNetV2, pictures: Tensor) -> MobileNetV2:
 
     As initialised, BatchNorm changes nothing in evaluation, and logits are about 1e-9, where any two look alike.
     """
-    model = copy.deepcopy(model).train()
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, 0.0, 0.5)
-        norm.momentum = None  # the average over all batches: of this one alone
-    with torch.no_grad():
-        model(pictures)
-    for norm in norms:
-        norm.momentum = 0.1
-    return model.eval()
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0.0, 0.5)
+    settle(model, pictures)
+    return model
 
 
 class _Logits(nn.Module):

@@ -34,7 +34,7 @@ from mnv2.precision import dtype
 from mnv2.trainer import Trainer
 from mnv2.warmup import warm_up
 
-from .figures import check_sizes
+from .figures import check_sizes, device_called
 from .results import surroundings
 from .timing import significant
 
@@ -123,9 +123,7 @@ def verdict(curves: dict[str, list[float]]) -> dict[str, Any]:
 
 def run(config: CurvesConfig, words: Sequence[str]) -> None:
     """Train three times, and tell; ``words`` are the command's."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device: expected a GPU that torch sees, got none")
-    device = torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
+    device = device_called(config.device)
     check_backend(config.backend, device)
     runs = {TORCH: ("torch", 1), KERNELS: (config.backend, 1), OTHER_ORDER: ("torch", 2)}
     curves = {name: losses(config, device, backend, order) for name, (backend, order) in runs.items()}

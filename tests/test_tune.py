@@ -176,7 +176,7 @@ def test_tables_of_other_devices_stay_and_a_file_is_replaced_whole(tmp_path, mon
         "GPU 200": (7, "b"),
     }
     before = path.read_text()
-    monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         tune.save(path, "GPU 100", table(), {})
     assert path.read_text() == before
