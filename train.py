@@ -17,9 +17,11 @@ import torch
 
 from mnv2 import MobileNetV2, checkpoint, layer_shapes
 from mnv2.checkpoint import Saved
-from mnv2.config import InputError, TrainConfig, check_backend, exit_status, parse
+from mnv2.config import TrainConfig, check_backend
 from mnv2.distributed import StopSignals, World, world
 from mnv2.engine import Progress
+from mnv2.errors import InputError, exit_status
+from mnv2.flags import parse
 from mnv2.inputs import TrainingData, evaluation_loader, find_training_data, training_loader
 from mnv2.logs import RunLog
 from mnv2.precision import dtype, numerics

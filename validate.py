@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from mnv2 import MobileNetV2
-from mnv2.config import RunError, ValidateConfig, check_backend, exit_status, parse
+from mnv2.config import ValidateConfig, check_backend
 from mnv2.data import Loader, SyntheticLoader
 from mnv2.distributed import World, world
 from mnv2.engine import Evaluation, evaluate
+from mnv2.errors import RunError, exit_status
 from mnv2.files import list_pictures, prepare
+from mnv2.flags import parse
 from mnv2.fold import fold
 from mnv2.inference import InferenceNetwork
 from mnv2.inputs import evaluation_loader

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnv2.config import InputError, RunError, exit_status, option, parse
+from mnv2.errors import InputError, RunError, exit_status
+from mnv2.flags import option, parse
 
 from .cases import case_of
 

@@ -14,7 +14,7 @@ import torch
 
 from bench import gpu_tools, results, timing
 from bench.parity import ieee
-from mnv2.config import InputError
+from mnv2.errors import InputError
 
 ROUNDS, QUICK_ROUNDS = 30, 10  # on a GPU
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from kernels import roofline
 from kernels.roofline import SCHEDULERS, Bounds, Device
-from mnv2.config import InputError, RunError
+from mnv2.errors import InputError, RunError
 from mnv2.model import LayerShape, layer_shapes
 
 from . import executions

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mnv2.config import InputError, RunError, exit_status, option, parse
 from mnv2.data import IMAGENET_STD, Batch, Loader, profile
 from mnv2.distributed import World
+from mnv2.errors import InputError, RunError, exit_status
+from mnv2.flags import option, parse
 
 from .figures import check_sizes, device_called
 from .pictures import photograph

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mnv2.config import exit_status
+from mnv2.errors import exit_status
 
 from .results import surroundings
 

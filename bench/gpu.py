@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mnv2.config import InputError, exit_status, option, parse
+from mnv2.errors import InputError, exit_status
+from mnv2.flags import option, parse
 
 from .gpu_steps import FOLDER, steps
 from .gpu_tools import missing_gpu

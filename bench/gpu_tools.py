@@ -19,7 +19,7 @@ import torch
 
 from kernels import common
 from kernels.roofline import bounds, device_of
-from mnv2.config import RunError
+from mnv2.errors import RunError
 
 from . import timing
 from .count import Call as PlannedLaunch

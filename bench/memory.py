@@ -24,7 +24,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import common
-from mnv2.config import exit_status, option, parse
+from mnv2.errors import exit_status
+from mnv2.flags import option, parse
 from mnv2.model import VARIANTS, MobileNetV2
 
 from .figures import check_sizes, run_interpreted, write

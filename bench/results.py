@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mnv2.config import InputError
+from mnv2.errors import InputError
 from mnv2.logs import versions
 
 from .files import replace_file

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels import roofline
-from mnv2.config import InputError
+from mnv2.errors import InputError
 
 from . import counted, results
 

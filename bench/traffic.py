@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from kernels import common
-from mnv2.config import RunError, exit_status, option, parse
+from mnv2.errors import RunError, exit_status
+from mnv2.flags import option, parse
 from mnv2.model import VARIANTS, LayerShape, layer_shapes
 
 from .count import Call, differing, differs

@@ -27,9 +27,11 @@ import torch.nn.functional as F
 
 from kernels.common import BACKENDS
 from mnv2 import MobileNetV2
-from mnv2.config import InputError, RunError, TrainConfig, check_backend, exit_status, option, parse
+from mnv2.config import TrainConfig, check_backend
 from mnv2.data import Batch
 from mnv2.distributed import World
+from mnv2.errors import InputError, RunError, exit_status
+from mnv2.flags import option, parse
 from mnv2.precision import dtype
 from mnv2.trainer import Trainer
 from mnv2.warmup import warm_up

@@ -31,7 +31,8 @@ from torch import Tensor
 from kernels import common, measured
 from kernels.common import Launch
 from kernels.warmup import compile_ahead
-from mnv2.config import InputError, RunError, exit_status, option, parse
+from mnv2.errors import InputError, RunError, exit_status
+from mnv2.flags import option, parse
 from mnv2.model import VARIANTS, LayerShape, layer_shapes
 from mnv2.precision import numerics
 

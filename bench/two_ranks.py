@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mnv2.config import RunError, exit_status
+from mnv2.errors import RunError, exit_status
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = ("--alpha", "0.35", "--resize", "32", "--preprocessing", "torchvision")

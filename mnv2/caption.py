@@ -6,7 +6,7 @@ import io
 import os
 from typing import Any
 
-from .config import InputError
+from .errors import InputError
 
 try:
     from PIL import Image, ImageDraw, ImageFont

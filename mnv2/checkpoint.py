@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from .config import InputError, RunError, TrainConfig
+from .config import TrainConfig
 from .data import LoaderState
 from .distributed import World
 from .engine import Progress
+from .errors import InputError, RunError
 from .inputs import TrainingData
 from .trainer import Trainer
 from .weights import Weights

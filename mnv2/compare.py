@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .config import InputError, exit_status, option, parse
 from .engine import wilson_interval
+from .errors import InputError, exit_status
+from .flags import option, parse
 from .predictions import FIRST, Prediction, read
 
 Pair = tuple[Prediction, Prediction]

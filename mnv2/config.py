@@ -1,21 +1,13 @@
-"""What a run is asked to do: frozen dataclasses, and the command lines made from them.
-
-A field's type, default and help text stand together where it is defined; the flag of a command is the field's name.
-Underscores and hyphens are the same in a flag, booleans take true/false/1/0/yes/no, lists take ``30,60`` or ``30 60``.
-"""
+"""What a run is asked to do, as frozen dataclasses whose fields are the flags of the commands (see ``flags``)."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
-import sys
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import UnionType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,31 +15,12 @@ from kernels import measured
 from kernels.common import BACKENDS, PADDINGS, unsupported_device
 from kernels.inverted_residual import SAVES
 
+from .errors import InputError
+from .flags import option, parse_pretrained, parse_resume
 from .model import check_alpha
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 DEFAULT_DATA = "./dataset/imagenet"
 SYNTHETIC_PICTURES = 1024
-
-ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
-
-
-class InputError(ValueError):
-    """Something that the user gave is wrong; the message is one line that says what was expected and what came."""
-
-
-class RunError(RuntimeError):
-    """A run can't go on, or its result can't be trusted; the message is one line that says why."""
-
-
-class Stopped(Exception):  # noqa: N818  # no error
-    """A signal has stopped the run, which was saved; the message is empty where another process tells it."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 def check_backend(backend: str, device: torch.device) -> None:
@@ -59,59 +32,6 @@ def check_backend(backend: str, device: torch.device) -> None:
             measured.read(measured.TABLES)
         except RuntimeError as error:
             raise InputError(str(error)) from None
-
-
-def exit_status(script: str, action: Callable[[], None]) -> int:
-    """Do ``action`` and return the exit status of ``script``; what is expected to go wrong becomes one line."""
-    try:
-        action()
-    except (InputError, RunError, OSError) as error:
-        sys.stderr.write(f"{script}: {error}\n")  # in one piece: the processes of a run share stderr
-        return 1
-    except Stopped as stopped:
-        if str(stopped):
-            sys.stderr.write(f"{script}: {stopped}\n")
-        return 128 + stopped.signal_number
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{script}: interrupted\n")
-        return 130
-    return 0
-
-
-def option(default: Any, help: str, **settings: Any) -> Any:
-    """Field of a configuration: its default, its help text and ``choices``, ``parse`` or ``const`` for its flag.
-
-    A ``fixed`` one can't change when training goes on from a checkpoint: it would be another network, other batches, or
-    a state that doesn't fit. A ``positional`` one has no flag: it must be given, in its place. One with argparse's
-    ``action`` is argparse's altogether.
-    """
-    return dataclasses.field(default=default, metadata={"help": help, **settings})
-
-
-def parse_bool(text: str) -> bool:
-    """Truth of ``text``: true/false, 1/0 or yes/no in any case."""
-    word = text.lower()
-    if word in ("true", "1", "yes"):
-        return True
-    if word in ("false", "0", "no"):
-        return False
-    raise ValueError(f"expected true or false, got {text!r}")
-
-
-def parse_pretrained(text: str) -> bool | str:
-    """Truth of ``text`` where it is a boolean, else the path that it is."""
-    try:
-        return parse_bool(text)
-    except ValueError:
-        return text
-
-
-def parse_resume(text: str) -> str | None:
-    """None for false, "auto" for true, else the text."""
-    try:
-        return "auto" if parse_bool(text) else None
-    except ValueError:
-        return text
 
 
 def _pretrained(default: bool) -> Any:
@@ -346,77 +266,3 @@ def _require(config: NetworkConfig, name: str, holds: Callable[[Any], object], e
     value = getattr(config, name)
     if not holds(value):
         raise InputError(f"--{name}: expected {expected}, got {value if value != '' else 'nothing'}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
-
-
-def parse(config: type[ConfigT], argv: Sequence[str] | None, description: str) -> ConfigT:
-    """Read the command line ``argv`` (None: the process's own) into ``config``.
-
-    A flag that is unknown or can't be read ends the process with status 2 and one line.
-    """
-    parser = _Parser(
-        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    types = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        name = field.name if "positional" in field.metadata else f"--{field.name}"
-        parser.add_argument(name, default=field.default, **_argument(field, types[field.name]))
-    if argv is None:
-        argv = sys.argv[1:]
-    values = vars(parser.parse_args([_underscored(word) for word in argv]))
-    for field in dataclasses.fields(config):
-        if isinstance(values[field.name], list):
-            values[field.name] = _values(parser, field.name, types[field.name], values[field.name])
-    try:
-        return config(**values)
-    except InputError as error:
-        parser.error(str(error))
-
-
-def _argument(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
-    settings = dict(field.metadata)
-    if "action" in settings:
-        return settings
-    parse_value = settings.pop("parse", None)
-    for ours in ("fixed", "positional"):
-        settings.pop(ours, None)
-    if isinstance(kind, UnionType):
-        kind = next(member for member in typing.get_args(kind) if member is not type(None))
-    if typing.get_origin(kind) is tuple:
-        settings.setdefault("metavar", "NUMBER")
-        settings["nargs"] = "+"
-        kind = str
-    elif kind is bool:
-        kind = parse_bool
-        settings.setdefault("const", True)
-    if "const" in settings:
-        settings.setdefault("nargs", "?")
-    settings["type"] = parse_value or kind
-    if not settings.get("choices"):
-        settings.setdefault("metavar", getattr(kind, "__name__", "value").upper())
-    return settings
-
-
-def _underscored(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def _values(parser: _Parser, name: str, kind: Any, words: list[str]) -> tuple[Any, ...]:
-    member, *rest = typing.get_args(kind)
-    if member is str:
-        return tuple(words)
-    wanted = ("integers" if member is int else "numbers") if rest == [...] else "two numbers"
-    try:
-        numbers = tuple(member(item) for word in words for item in word.split(",") if item)
-    except ValueError:
-        numbers = ()
-    if not numbers or (rest != [...] and len(numbers) != 1 + len(rest)):
-        parser.error(f"--{name}: expected {wanted}, got {' '.join(words)}")
-    return numbers

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from .config import InputError, RunError
 from .distributed import World
+from .errors import InputError, RunError
 from .integrity import fault
 
 try:

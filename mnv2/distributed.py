@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kernels import sync_batch_norm
 
 from . import launch
-from .config import InputError, RunError, Stopped
+from .errors import InputError, RunError, Stopped
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _CPU = torch.device("cpu")

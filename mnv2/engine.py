@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import RunError
 from .data import Batch
 from .distributed import World
+from .errors import RunError
 from .predictions import Predictions, first_classes
 from .trainer import Trainer
 

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .config import InputError, RunConfig
+from .config import RunConfig
 from .distributed import World
+from .errors import InputError
 from .integrity import fault
 from .labels import ClassIndex, class_index, read_labels
 from .weights import Weights

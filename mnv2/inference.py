@@ -22,7 +22,7 @@ from kernels.warmup import compile_ahead
 
 from . import onednn
 from .atomic import replacing
-from .config import InputError, RunError
+from .errors import InputError, RunError
 from .model import LayerShape, layer_shapes
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
-from .config import InputError
+from .errors import InputError
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 

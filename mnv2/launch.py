@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .config import InputError
+from .errors import InputError
 
 _PORTS = range(10000, 30000)  # under those that Linux hands out by itself
 _DEFAULT_PORT = 29500  # torchrun's

@@ -16,9 +16,10 @@ from typing import Any, TextIO, TypeVar
 import torch
 from tqdm import tqdm
 
-from .config import InputError, TrainConfig
+from .config import TrainConfig
 from .distributed import World
 from .engine import Evaluation, Progress, wilson_interval
+from .errors import InputError
 from .predictions import Predictions
 
 T = TypeVar("T")

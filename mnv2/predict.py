@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from .caption import require_pillow, save_captioned
-from .config import InputError, RunError, TrainedConfig, check_backend, exit_status, option, parse
+from .config import TrainedConfig, check_backend
 from .data import BadFileError
 from .distributed import World, world
+from .errors import InputError, RunError, exit_status
 from .files import passed_over_words, pictures_below
+from .flags import option, parse
 from .fold import fold
 from .inference import InferenceNetwork
 from .inputs import files_loader

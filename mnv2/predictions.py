@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .atomic import replacing
-from .config import InputError, RunError
+from .errors import InputError, RunError
 
 FIRST = 5  # classes that are kept of each picture
 

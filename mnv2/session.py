@@ -12,10 +12,11 @@ from itertools import chain, islice
 from torch import nn
 
 from . import checkpoint
-from .config import Stopped, TrainConfig
+from .config import TrainConfig
 from .data import Batch, Loader, SyntheticLoader
 from .distributed import StopSignals, World
 from .engine import NotFiniteError, Progress, evaluate, settle, train_steps
+from .errors import Stopped
 from .inputs import TrainingData
 from .logs import RunLog, epoch_lines, evaluation_line, with_progress
 from .precision import autocast

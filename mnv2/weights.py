@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .config import InputError, NetworkConfig
+from .config import NetworkConfig
+from .errors import InputError
 from .model import MobileNetV2
 
 _CLASSIFIER_PREFIX = "classifier.1."

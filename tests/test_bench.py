@@ -14,7 +14,7 @@ import torch
 
 from bench import peers, results, timing
 from mnv2 import MobileNetV2
-from mnv2.config import InputError
+from mnv2.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 

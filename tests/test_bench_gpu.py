@@ -18,7 +18,7 @@ from bench.network_cases import NetworkJob
 from bench.parity import ieee
 from kernels import DepthwiseConv2d, common, roofline
 from mnv2 import MobileNetV2
-from mnv2.config import RunError
+from mnv2.errors import RunError
 from mnv2.model import LayerShape
 
 pytestmark = pytest.mark.skipif(not common.INTERPRETED, reason="cases on CPU tensors run in the interpreter alone")

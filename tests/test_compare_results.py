@@ -15,10 +15,11 @@ from torch import nn
 import validate
 from mnv2 import MobileNetV2, compare
 from mnv2.compare import Outcomes, largest_change, mcnemar, paired_interval
-from mnv2.config import InputError, RunError, ValidateConfig
+from mnv2.config import ValidateConfig
 from mnv2.data import Batch
 from mnv2.distributed import World
 from mnv2.engine import Evaluation, evaluate, ranks
+from mnv2.errors import InputError, RunError
 from mnv2.files import list_pictures
 from mnv2.predictions import Prediction, Predictions, first_classes, read, write
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from kernels import measured
-from mnv2.config import InputError, TrainConfig, ValidateConfig, check_backend, parse
+from mnv2.config import TrainConfig, ValidateConfig, check_backend
+from mnv2.errors import InputError
+from mnv2.flags import parse
 
 
 def train(*words: str) -> TrainConfig:

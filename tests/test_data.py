@@ -13,9 +13,9 @@ from samples import photo, write_undecodable
 
 import mnv2
 from mnv2 import data
-from mnv2.config import InputError, RunError
 from mnv2.data import Augmentation, Loader, Profile, SyntheticLoader, picture_pipeline, profile, steps_per_epoch
 from mnv2.distributed import World
+from mnv2.errors import InputError, RunError
 
 PROFILES = ("reference", "torchvision", "timm", "tf")
 

@@ -46,7 +46,7 @@ def test_what_processes_agree_on(tmp_path):
 FAIL = """
 import os, sys, time
 import torch
-from mnv2.config import InputError, exit_status
+from mnv2.errors import InputError, exit_status
 from mnv2.distributed import world
 def action():
     with world("cpu") as here:

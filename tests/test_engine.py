@@ -8,10 +8,10 @@ from samples import settled
 from torch import nn
 
 from mnv2 import MobileNetV2
-from mnv2.config import RunError
 from mnv2.data import Batch
 from mnv2.distributed import World
 from mnv2.engine import Evaluation, Progress, evaluate, ranks, wilson_interval
+from mnv2.errors import RunError
 from mnv2.logs import epoch_lines, evaluation_lines
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from samples import CLASSES, photo, write_photos
 
-from mnv2.config import DEFAULT_DATA, InputError, TrainConfig
+from mnv2.config import DEFAULT_DATA, TrainConfig
 from mnv2.distributed import World
+from mnv2.errors import InputError
 from mnv2.files import check_pictures, list_pictures, prepare
 from mnv2.weights import Weights
 

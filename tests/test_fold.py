@@ -18,7 +18,7 @@ from torch import nn
 
 from kernels import common
 from mnv2 import MobileNetV2, inference, onednn
-from mnv2.config import InputError, RunError
+from mnv2.errors import InputError, RunError
 from mnv2.fold import fold
 from mnv2.inference import InferenceNetwork
 from mnv2.model import layer_shapes

@@ -19,7 +19,7 @@ from processes import environment as users_environment
 
 from bench import dali_gpu, environment, gpu, gpu_steps, steps, training_curves, two_ranks
 from bench.steps import Step, run_steps
-from mnv2.config import RunError
+from mnv2.errors import RunError
 
 KEY = {"commit": "abc", "device": "a GPU"}
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mnv2.config import InputError
+from mnv2.errors import InputError
 from mnv2.labels import class_index, imagenet_classes, read_labels
 
 SOME = ["n02123394", "n01440764", "n15075141"]  # Persian cat, tench, toilet tissue

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from mnv2.config import InputError
+from mnv2.errors import InputError
 from mnv2.launch import Place, find, first_node
 
 MASTER = {"MASTER_ADDR": "node7", "MASTER_PORT": "1234"}

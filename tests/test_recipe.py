@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mnv2 import MobileNetV2
-from mnv2.config import TrainConfig, parse
+from mnv2.config import TrainConfig
+from mnv2.flags import parse
 from mnv2.recipe import learning_rate, make_optimizer
 
 PIECES = "--lr_decay_mode piecewise_constant_lr"

@@ -13,7 +13,7 @@ import pytest
 from bench import counted, report, results, tables
 from bench.gpu_jobs import Job
 from bench.published import TOP1
-from mnv2.config import InputError, RunError
+from mnv2.errors import InputError, RunError
 from mnv2.model import VARIANTS, layer_shapes
 
 NAMES = ("loader", "evaluation", "host", "gpu", "traffic", "memory", "bounds")

@@ -22,9 +22,10 @@ from samples import write_photos
 import train
 import validate
 from mnv2 import MobileNetV2, checkpoint, session
-from mnv2.config import InputError, RunError, Stopped, TrainConfig
+from mnv2.config import TrainConfig
 from mnv2.distributed import StopSignals, World
 from mnv2.engine import NotFiniteError
+from mnv2.errors import InputError, RunError, Stopped
 
 SMALL = ["--alpha", "0.35", "--resize", "32", "--batch_size", "4", "--num_parallel_workers", "1"]
 RATE = ["--max_lr", "0.02"]  # the default's losses grow so that rounding decides whether they stay finite

@@ -16,7 +16,7 @@ from bench.static import Verdict, compare
 from bench.training import Recorder, norm_of
 from kernels import inverted_residual_passes, norms, partials
 from kernels.common import Launch, Traffic
-from mnv2.config import RunError
+from mnv2.errors import RunError
 
 SAVED = {"training with D: blocks": {"saved_bytes": 100}}
 

@@ -10,10 +10,11 @@ from torch import nn
 
 from kernels.sync_batch_norm import SyncBatchNorm2d
 from mnv2 import MobileNetV2
-from mnv2.config import RunError, TrainConfig
+from mnv2.config import TrainConfig
 from mnv2.data import Batch
 from mnv2.distributed import World
 from mnv2.engine import Progress, settle, train_steps
+from mnv2.errors import RunError
 from mnv2.precision import autocast, input_dtype, numerics
 from mnv2.trainer import AveragedWeights, Trainer
 

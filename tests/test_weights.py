@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from samples import save_weights
 
 from mnv2 import MobileNetV2, weights
-from mnv2.config import InputError
+from mnv2.errors import InputError
 
 
 @pytest.fixture
