@@ -11,6 +11,7 @@ from importlib import resources
 
 from .errors import InputError
 
+BACKGROUND = "background"  # the class that TensorFlow's networks have before ImageNet's
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 
