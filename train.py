@@ -54,7 +54,7 @@ def train(config: TrainConfig, world: World) -> str:
 
 def run(config: TrainConfig, world: World, saved: Saved | None) -> None:
     """Train to the end, from ``saved`` on where there is something."""
-    start = saved.weights() if saved is not None else find(config)
+    start = saved.weights() if saved is not None else find(config, world)
     if start is None and config.freeze != "none":
         raise InputError("--freeze: expected --pretrained FILE with features that have learnt something, got none")
     config = follow(config, start, world.print)

@@ -39,7 +39,7 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
     if config.results and world.rank == 0:
         check_place(config.results)
     pictures = None if config.synthetic else list_pictures(config.data_url, "val", config.val_labels)
-    trained = find(config)
+    trained = find(config, world)
     config = follow(config, trained, world.print)
     loader: Loader | SyntheticLoader
     classes = None

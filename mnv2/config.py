@@ -39,7 +39,11 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 def _pretrained(default: bool) -> Any:
     return option(
-        default, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
+        default,
+        "a file or folder of weights, True for the best that is published of this variant, an origin for that one's "
+        "(torchvision, timm, d-li14, ...), or False",
+        parse=parse_pretrained,
+        const=True,
     )
 
 
@@ -56,6 +60,9 @@ class NetworkConfig:
     )
     resize: int = option(224, "side of the network's input in pixels", fixed=True)
     pretrained: bool | str = _pretrained(False)
+    weights_dir: str | None = option(
+        None, "folder of published weights; None for $MNV2_WEIGHTS, else ~/.cache/mnv2", metavar="DIR"
+    )
     backend: str = option("auto", "how blocks run: Triton kernels, PyTorch, or what the GPU allows", choices=BACKENDS)
     padding: str | None = option(
         None,

@@ -97,11 +97,10 @@ def _argument(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     parse_value = settings.pop("parse", None)
     for ours in ("fixed", "positional", "also"):
         settings.pop(ours, None)
-    if isinstance(kind, UnionType):
-        kind = next(member for member in typing.get_args(kind) if member is not type(None))
+    kind = _given(kind)
     if typing.get_origin(kind) is tuple:
         settings.setdefault("metavar", "NUMBER")
-        settings["nargs"] = "+"
+        settings.setdefault("nargs", "+")
         kind = str
     elif kind is bool:
         kind = parse_bool
@@ -114,6 +113,13 @@ def _argument(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     return settings
 
 
+def _given(kind: Any) -> Any:
+    """The type of a field where it isn't None."""
+    if not isinstance(kind, UnionType):
+        return kind
+    return next(member for member in typing.get_args(kind) if member is not type(None))
+
+
 def _underscored(word: str) -> str:
     if not word.startswith("--"):
         return word
@@ -122,7 +128,7 @@ def _underscored(word: str) -> str:
 
 
 def _values(parser: _Parser, name: str, kind: Any, words: list[str]) -> tuple[Any, ...]:
-    member, *rest = typing.get_args(kind)
+    member, *rest = typing.get_args(_given(kind))
     if member is str:
         return tuple(words)
     wanted = ("integers" if member is int else "numbers") if rest == [...] else "two numbers"

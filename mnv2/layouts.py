@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .labels import BACKGROUND_FIRST
 from .model import BLOCKS
 
 Pair = tuple[str, str]  # names of a convolution and of its norm
@@ -20,8 +21,8 @@ _TORCH = {leaf: leaf for leaf in ("weight", "bias", "running_mean", "running_var
 class Layout:
     """The names of one library, and what is taken of its networks where a file doesn't say.
 
-    ``modules`` are its modules by torchvision's names, ``leaves`` its tensors of a module likewise. ``background`` says
-    where the class is that 1001 outputs have beside ImageNet's: first, last and unused, or unknown.
+    ``modules`` are its modules by torchvision's names, ``leaves`` its tensors of a module likewise. ``of_1001`` is the
+    order that 1001 outputs have, one of ``labels.imagenet_orders``, or None where it isn't known.
     """
 
     source: str
@@ -29,7 +30,7 @@ class Layout:
     padding: str = "symmetric"
     norm_eps: float = 1e-5
     preprocessing: str = "torchvision"
-    background: str = ""
+    of_1001: str | None = None
     leaves: Mapping[str, str] = field(default_factory=lambda: _TORCH)
 
     def torchvision_name(self, name: str) -> str | None:
@@ -132,6 +133,6 @@ LAYOUTS = (
         padding="same",
         norm_eps=1e-3,
         preprocessing="tf",
-        background="first",
+        of_1001=BACKGROUND_FIRST,
     ),
 )

@@ -184,7 +184,7 @@ def predict(config: PredictConfig, here: World) -> Iterator[Answer | Problem]:
     """What is in the pictures of ``config``, and what failed."""
     if here.size > 1:
         raise InputError(f"expected one process, got {here.size}")
-    weights = find(config)
+    weights = find(config, here)
     if weights is None:
         raise InputError("--pretrained: expected weights, got False, which is a network that has learnt nothing")
     config = follow(config, weights, lambda line: print(line, file=sys.stderr))

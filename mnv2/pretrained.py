@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from .config import OPEN, NetworkConfig
-from .errors import InputError
+from .distributed import World
+from .download import fetch, find_file, offline_message, weights_folder
+from .errors import InputError, RunError
 from .model import MobileNetV2
+from .registry import SOURCES, sources
 from .weights import Weights, read, widths
 
 ConfigT = TypeVar("ConfigT", bound=NetworkConfig)
+
+ALONE = World()
+ORIGINS = {source.origin for source in SOURCES}
 
 
 def build(config: NetworkConfig, num_classes: int, weights: Weights | None, **settings: Any) -> MobileNetV2:
@@ -45,26 +52,23 @@ def follow(config: ConfigT, weights: Weights | None, say: Callable[[str], None] 
     return replace(config, **decided)
 
 
-def find(config: NetworkConfig) -> Weights | None:
-    """The weights that ``--pretrained`` asks for: None for False, a file by its path, the weights folder for True.
+def find(config: NetworkConfig, world: World = ALONE) -> Weights | None:
+    """The weights that ``--pretrained`` asks for.
 
-    The weights folder is ``$MNV2_WEIGHTS``, else ``mnv2`` in the user's cache.
+    None for False; a file or folder by its path; for True the best that is published of ``--alpha`` and ``--resize``,
+    for the name of an origin that one's: from the weights folder, where one process of each machine of ``world`` puts
+    it, if it isn't there yet and there is a network.
 
     Raises:
-        InputError: the file is missing, damaged, no weights, or of another width than ``--alpha``; for True the message
-            says where a file would go.
+        InputError: the file is missing, damaged, no weights, or of another width than ``--alpha``; nothing is there of
+            the variant, and the message says what to put where.
     """
     if config.pretrained is False:
         return None
-    path = config.pretrained
-    if path is True:
-        path = default_path(OPEN["alpha"] if config.alpha is None else config.alpha, config.resize)
-        if not os.path.exists(path):
-            raise InputError(
-                f"--pretrained: no weights at {path}; put a safetensors file with torchvision's names there, name a "
-                "file with --pretrained FILE, or say --pretrained False for a network that has learnt nothing"
-            )
     try:
+        path = config.pretrained
+        if path is True or (path in ORIGINS and not os.path.exists(path)):
+            path = _published(config, world, None if path is True else path)
         weights = read(path, ema=getattr(config, "ema", True))
     except InputError as error:
         raise InputError(f"--pretrained: {error}") from None
@@ -73,8 +77,28 @@ def find(config: NetworkConfig) -> Weights | None:
     return weights
 
 
-def default_path(alpha: float, resize: int) -> str:
-    """Where the weights of a variant are looked for."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = os.environ.get("MNV2_WEIGHTS") or os.path.join(cache, "mnv2")
-    return os.path.join(folder, f"mobilenetv2_{alpha}_{resize}.safetensors")
+def _published(config: NetworkConfig, world: World, origin: str | None) -> str:
+    """The path of published weights in the weights folder, in each machine's."""
+    alpha, folder = OPEN["alpha"] if config.alpha is None else config.alpha, weights_folder(config.weights_dir)
+    hosts = world.gather(socket.gethostname())
+    if hosts.index(hosts[world.rank]) == world.rank and not find_file(alpha, config.resize, folder, origin):
+        _download(alpha, config.resize, folder, origin)
+    world.wait()
+    path = find_file(alpha, config.resize, folder, origin)
+    if path is None:
+        raise InputError(offline_message(alpha, config.resize, folder, "another process has put none there"))
+    return path
+
+
+def _download(alpha: float, resize: int, folder: str, origin: str | None) -> None:
+    offered = [source for source in sources(alpha, resize) if source.conversion is None]
+    offered = [source for source in offered if origin in (None, source.origin)]
+    cause = f"{origin or 'nobody'} publishes none that can be read"
+    if offered:
+        try:
+            fetch(offered[0], folder)
+        except RunError as error:
+            cause = str(error)
+        else:
+            return
+    raise InputError(offline_message(alpha, resize, folder, cause))

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .errors import InputError
-from .labels import BACKGROUND, imagenet_classes
+from .labels import BACKGROUND, BACKGROUND_FIRST, IMAGENET, imagenet_classes, imagenet_orders
 
 FORMAT = "mnv2 weights, 1"
 FOLDED = "mnv2 inference network"
@@ -202,7 +202,7 @@ def _transformers_classes(labels: Any) -> dict[str, Any]:
     english = [names for _, names in imagenet_classes()]
     background = names[0].lower() == BACKGROUND
     if len(names) == len(english) + background and names[background].partition(",")[0] == english[0].partition(",")[0]:
-        return {"classes": [BACKGROUND] * background + [identifier for identifier, _ in imagenet_classes()]}
+        return {"classes": imagenet_orders()[BACKGROUND_FIRST if background else IMAGENET]}
     return {"classes": names}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,9 +31,11 @@ from . import weight_files
 from .atomic import replacing
 from .config import PREPROCESSING
 from .errors import InputError, RunError
-from .labels import BACKGROUND, imagenet_classes
+from .labels import IMAGENET, imagenet_orders
 from .layouts import LAYOUTS, TORCHVISION, Layout, layout_of
 from .model import VARIANTS, MobileNetV2, layer_shapes
+from .published import Source
+from .registry import by_digest
 
 _CLASSIFIER = "classifier.1."
 # Looked for in this order where a file doesn't say: what is published, and then what users train.
@@ -142,14 +145,9 @@ def classes_in_words(classes: Sequence[str] | None) -> str:
     """Which classes these are, in few words."""
     if classes is None:
         return "not recorded"
-    identifiers = [identifier for identifier, _ in imagenet_classes()]
-    known = {
-        "ImageNet-1k": identifiers,
-        "background, then ImageNet-1k": [BACKGROUND, *identifiers],
-        "ImageNet-1k, then one unused": [*identifiers, ""],
-    }
     shown = ", ".join(classes[:3]) + ", ..." * (len(classes) > 3)
-    return next((words for words, names in known.items() if names == list(classes)), f"{len(classes)}: {shown}")
+    words = (f"ImageNet-1k's, {order}" for order, names in imagenet_orders().items() if names == list(classes))
+    return next(words, f"{len(classes)}: {shown}")
 
 
 def load(
@@ -200,19 +198,32 @@ def read(path: str, *, ema: bool = True) -> Weights:
         record["alpha"] = _alpha(state)
     state = _checked(path, state, layout, record["alpha"])
     weights = Weights(path, state, layout.source, sha256=content.sha256, averaged=content.averaged)
-    return replace(weights, **_usual(layout, weights.num_classes, record), **record)
+    published = by_digest(record.get("sha256") or content.sha256)
+    usual = _published(published) if published else _usual(layout, weights.num_classes)
+    missing = {name: value for name, value in usual.items() if name not in record}
+    if published is None and "assumed" not in record:
+        missing["assumed"] = tuple(missing)
+    return replace(weights, **missing, **record)
 
 
-def _usual(layout: Layout, outputs: int, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What networks of ``layout`` have where ``record`` doesn't say, and which fields these are."""
+def _published(source: Source) -> dict[str, Any]:
+    """What the publisher says of the network."""
+    names = ("resize", "padding", "norm_eps", "preprocessing")
+    return {name: getattr(source, name) for name in names} | {
+        "source": source.origin,
+        "classes": imagenet_orders()[source.classes],
+    }
+
+
+def _usual(layout: Layout, outputs: int) -> dict[str, Any]:
+    """What networks of ``layout`` have where their files don't say."""
     usual: dict[str, Any] = {name: getattr(layout, name) for name in ("padding", "norm_eps", "preprocessing")}
-    identifiers = [identifier for identifier, _ in imagenet_classes()]
-    orders = {"first": [BACKGROUND, *identifiers], "last": [*identifiers, ""]}
-    classes = identifiers if outputs == len(identifiers) else orders.get(layout.background)
-    if layout is not TORCHVISION and classes is not None and len(classes) == outputs:
-        usual["classes"] = classes  # torchvision's names are everybody's, whose classes may be any
-    assumed = {name: value for name, value in usual.items() if name not in record}
-    return {**assumed, **({} if "assumed" in record else {"assumed": tuple(assumed)})}
+    if layout is TORCHVISION:
+        return usual  # its names are everybody's, whose classes may be any
+    for order in (IMAGENET, layout.of_1001):
+        if order is not None and len(imagenet_orders()[order]) == outputs:
+            usual["classes"] = imagenet_orders()[order]
+    return usual
 
 
 def _renamed(path: str, tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -272,7 +283,7 @@ def _checked_record(path: str, record: Mapping[str, Any], outputs: int) -> dict[
         "norm_eps": ("a number over 0 and under 1", lambda value: number(value, 1) and value < 1),
         "preprocessing": (" or ".join(PREPROCESSING), PREPROCESSING.__contains__),
         "source": ("a name", lambda value: isinstance(value, str)),
-        "sha256": ("digits", lambda value: isinstance(value, str)),
+        "sha256": ("64 digits", lambda value: re.fullmatch("([0-9a-f]{64})?", str(value)) is not None),
         "assumed": ("names", names),
     }
     for name, value in record.items():

@@ -12,6 +12,7 @@ from kernels.common import PADDINGS
 
 from .errors import InputError, exit_status
 from .flags import option, parse
+from .registry import listing
 from .weights import Weights, classes_in_words, read
 
 PROGRAM = "mnv2.weights"
@@ -100,9 +101,23 @@ def convert(config: ConvertConfig) -> None:
     print(f"written to {config.destination}, {os.path.getsize(config.destination):,} bytes")
 
 
+@dataclass(frozen=True)
+class ListConfig:
+    """Which published weights are listed."""
+
+    alpha: float | None = option(None, "width multiplier; None for all")
+    resize: int | None = option(None, "side of the network's input in pixels; None for all")
+
+
+def list_published(config: ListConfig) -> None:
+    """Print what is published."""
+    print(listing(config.alpha, config.resize))
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
     "convert": (ConvertConfig, convert, "Write weights as safetensors with torchvision's names and a record."),
     "inspect": (InspectConfig, inspect, "Tell what a file of weights holds."),
+    "list": (ListConfig, list_published, "List the weights that are published, and by whom."),
 }
 
 
