@@ -34,6 +34,14 @@ class _FailureError(Exception):
     """A download failed; the message is the cause."""
 
 
+class DownloadError(RunError):
+    """A download failed, for the reason ``cause``; the message says too what to put where by hand."""
+
+    def __init__(self, cause: str, remedy: str):
+        super().__init__(f"{cause}; {remedy}")
+        self.cause = cause
+
+
 def weights_folder(weights_dir: str | None = None) -> str:
     """Where weights are looked for: ``weights_dir``, else ``$MNV2_WEIGHTS``, else ``mnv2`` in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -57,7 +65,8 @@ def fetch(source: Source, folder: str) -> str:
 
     Raises:
         InputError: mnv2 can't read such weights, or what bears their name already isn't what was published.
-        RunError: the download failed; the message says what to put where by hand.
+        DownloadError: the message says what to put where by hand.
+        RunError: the folder can't be written.
     """
     path = os.path.join(folder, source.name)
     if source.conversion is not None:
@@ -74,7 +83,7 @@ def fetch(source: Source, folder: str) -> str:
             try:
                 _download_all(source, whole)
             except _FailureError as failure:
-                raise RunError(f"can't download {failure}; {_by_hand(source, path)}") from None
+                raise DownloadError(f"can't download {failure}", _by_hand(source, path)) from None
             _put(source, whole, path)
     except OSError as error:
         raise RunError(f"can't write {path}: {error.strerror or error}") from None

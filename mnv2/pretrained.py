@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from .config import OPEN, NetworkConfig
 from .distributed import World
-from .download import fetch, find_file, offline_message, weights_folder
-from .errors import InputError, RunError
+from .download import DownloadError, fetch, find_file, offline_message, weights_folder
+from .errors import InputError
 from .model import MobileNetV2
 from .registry import SOURCES, sources
 from .weights import Weights, read, widths
@@ -93,12 +93,12 @@ def _published(config: NetworkConfig, world: World, origin: str | None) -> str:
 def _download(alpha: float, resize: int, folder: str, origin: str | None) -> None:
     offered = [source for source in sources(alpha, resize) if source.conversion is None]
     offered = [source for source in offered if origin in (None, source.origin)]
-    cause = f"{origin or 'nobody'} publishes none that can be read"
+    cause = f"{origin} publishes none that can be read" if origin else "none is published"
     if offered:
         try:
             fetch(offered[0], folder)
-        except RunError as error:
-            cause = str(error)
+        except DownloadError as error:
+            cause = error.cause
         else:
             return
     raise InputError(offline_message(alpha, resize, folder, cause))

@@ -182,7 +182,10 @@ _HUB_035 = "639728f97c1f86fcba4a0b7e3f6ba415cc3dbb3cbd2c467b029a7ce811ae2334"
 
 
 def _transformers() -> Iterator[Source]:
-    """The four that are in the namespace google/, where the model cards say that the licence is "other"."""
+    """The four that are in the namespace google/, where the model cards say that the licence is "other".
+
+    The last one's safetensors file is the hub's own conversion, which was proposed there and not merged.
+    """
     for alpha, resize, commit, name, sha256, megabytes in (
         (1.4, 224, "main", "pytorch_model.bin", _HUB_140, 24.7),
         (1.0, 224, "5e58f27900895c96ce19c9acf60d0f30220c3424", "model.safetensors", _HUB_100, 14.2),
@@ -191,7 +194,8 @@ def _transformers() -> Iterator[Source]:
     ):
         folder = f"mobilenet_v2_{alpha}_{resize}"
         url = f"https://huggingface.co/google/{folder}/resolve/{commit}"
-        files = (*(File(name, f"{url}/{name}") for name in _HUB_SETTINGS), File(name, f"{url}/{name}", sha256))
+        settings = (File(file, f"{url}/{file}") for file in _HUB_SETTINGS)
+        files = (*settings, File(name, f"{url}/{name}", sha256))
         google, _ = _ACCURACIES[alpha, resize]
         more = _GOOGLE | {"licence": "other", "classes": BACKGROUND_FIRST}
         yield Source("transformers", alpha, resize, folder, files, google, _TF_SLIM, megabytes, **more)

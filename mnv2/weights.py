@@ -146,8 +146,8 @@ def classes_in_words(classes: Sequence[str] | None) -> str:
     if classes is None:
         return "not recorded"
     shown = ", ".join(classes[:3]) + ", ..." * (len(classes) > 3)
-    words = (f"ImageNet-1k's, {order}" for order, names in imagenet_orders().items() if names == list(classes))
-    return next(words, f"{len(classes)}: {shown}")
+    order = next((order for order, names in imagenet_orders().items() if names == list(classes)), None)
+    return f"{len(classes)}: {shown}" if order is None else "ImageNet-1k's" + f", {order}" * (order != IMAGENET)
 
 
 def load(

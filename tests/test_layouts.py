@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from samples import settled
+from samples import in_layout, settled
 from torch import nn
 
 from mnv2 import MobileNetV2, weights, weights_command
@@ -39,12 +39,6 @@ def network(num_classes=4, alpha=0.35, **settings):
 def model():
     torch.manual_seed(3)
     return network()
-
-
-def in_layout(state, source):
-    """``state`` by the names of the layout called ``source``."""
-    layout = next(layout for layout in LAYOUTS if layout.source == source)
-    return {layout.own_name(name): tensor.contiguous() for name, tensor in state.items()}
 
 
 class Flat(nn.Module):
@@ -292,7 +286,7 @@ def test_what_was_converted_is_read_back_with_its_record(tmp_path, capsys):
     save_file(in_layout(model.state_dict(), "transformers"), source)
     before = read(source)
     assert weights_command.main(["convert", source, path]) == 0
-    assert "classes (usual)        background, then ImageNet-1k" in capsys.readouterr().out
+    assert "classes (usual)        ImageNet-1k's, background first" in capsys.readouterr().out
     after = read(path)
     assert replace(after, path=source, state={}) == replace(before, state={})
     assert all(torch.equal(after.state[name], tensor) for name, tensor in model.state_dict().items())

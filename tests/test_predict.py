@@ -234,7 +234,7 @@ def test_numbers_that_arent_finite_are_no_answer(model, pictures, tmp_path, caps
     [
         (["--pretrained", "missing.pt"], "--pretrained: can't read missing.pt: No such file or directory"),
         (["--pretrained", "false"], "--pretrained: expected weights, got False, which is a network that has learnt"),
-        ([], "--pretrained: no weights at "),
+        ([], "--pretrained: no weights of alpha 0.35 at 32 px in "),
     ],
 )
 def test_missing_weights_are_one_line(pictures, tmp_path, monkeypatch, words, message, capsys):

@@ -184,7 +184,7 @@ def test_the_network_of_an_origin_and_its_pictures():
         assert source.padding in PADDINGS
         expected = ("same", 1e-3) if source.origin in google else ("symmetric", 1e-5)
         assert (source.padding, source.norm_eps) == expected
-        assert source.preprocessing == profiles.get(source.origin, "torchvision")
+        assert source.preprocessing.removesuffix("_v2") == profiles.get(source.origin, "torchvision")
         assert source.classes == orders.get(source.origin, "imagenet")
         assert source.package == ("h5py" if source.origin == "keras" else None)
         assert (source.conversion is not None) == (source.origin == "tf-slim")

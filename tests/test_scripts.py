@@ -178,7 +178,7 @@ def test_synthetic_pictures_need_no_data(tmp_path, capsys, monkeypatch):
     [
         ("validate.py", "--data_url nowhere", "--data_url: no folder nowhere; it should hold train/ and val/"),
         ("train.py", "--data_url nowhere", "--data_url: no folder nowhere; it should hold train/ and val/"),
-        ("validate.py", "--data_url {photos}", r"--pretrained: no weights at .*mobilenetv2_1.0_224.safetensors"),
+        ("validate.py", "--data_url {photos}", r"--pretrained: no weights of alpha 1.0 at 224 px in .*"),
         ("validate.py", "--data_url {photos} --pretrained no.pth", "--pretrained: can't read no.pth: No such file"),
         (
             "validate.py",

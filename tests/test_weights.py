@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from samples import save_weights
+from samples import in_layout, save_weights
 
-from mnv2 import MobileNetV2, weights
+from mnv2 import MobileNetV2, pretrained, weights
 from mnv2.config import OPEN, ValidateConfig
 from mnv2.errors import InputError
-from mnv2.pretrained import build, default_path, find, follow
+from mnv2.pretrained import build, find, follow
+from mnv2.registry import SOURCES
 
 
 @pytest.fixture
@@ -159,18 +163,59 @@ def test_a_failed_load_changes_nothing(model):
 
 
 def test_true_looks_into_the_weights_folder(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("MNV2_WEIGHTS", str(tmp_path))
-    expected = tmp_path / "mobilenetv2_0.35_96.safetensors"
-    with pytest.raises(InputError, match=f"no weights at {expected}; put a safetensors file .* --pretrained False"):
-        find(config(alpha=0.35, resize=96))
-    save_file(contiguous(model), expected)
-    assert find(config(alpha=0.35, resize=96)).path == str(expected)
-    assert find(config(pretrained=False)) is None
-    assert find(config(pretrained=str(expected))).alpha == 0.35
+    monkeypatch.setenv("MNV2_WEIGHTS", str(tmp_path / "none"))
+    wanted = config(alpha=0.35, resize=96, weights_dir=str(tmp_path))
+    with pytest.raises(InputError, match=f"^--pretrained: no weights of alpha 0.35 at 96 px in {tmp_path} .can't down"):
+        find(wanted)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match=r"no weights of alpha 0.6 at 224 px in .*none \(none is published\); none"):
+        find(config(alpha=0.6))
+    theirs, own = tmp_path / "mobilenet_v2_0.35_96", tmp_path / "mobilenetv2_0.35_96.safetensors"
+    theirs.mkdir()
+    save_file(in_layout(model.state_dict(), "transformers"), theirs / "model.safetensors")
+    (theirs / "config.json").write_text('{"depth_multiplier": 0.35}')
+    assert find(wanted).source == "transformers"
+    save_file(contiguous(model), own)
+    assert find(wanted).path == str(own)
+    assert find(replace(wanted, pretrained="transformers")).path == str(theirs)
+    with pytest.raises(InputError, match=r"timm publishes none that can be read\); put there"):
+        find(replace(wanted, pretrained="timm"))
 
-    monkeypatch.delenv("MNV2_WEIGHTS")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert default_path(1.0, 224) == str(tmp_path / "cache" / "mnv2" / "mobilenetv2_1.0_224.safetensors")
+    assert find(config(pretrained=False)) is None
+    assert find(config(pretrained=str(own))).alpha == 0.35
+    monkeypatch.chdir(tmp_path)
+    own.rename("timm")  # a file of that name is what is meant
+    assert find(replace(wanted, pretrained="timm")).path == "timm"
+
+
+def test_what_is_missing_is_downloaded_once_a_machine(model, tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(source, folder):
+        fetched.append(source.name)
+        torch.save(in_layout(model.state_dict(), "timm"), tmp_path / source.name)
+
+    monkeypatch.setattr(pretrained, "fetch", fetch)
+    wanted = config(alpha=0.5, pretrained="timm", weights_dir=str(tmp_path))
+    with pytest.raises(InputError, match="--alpha: .*mobilenetv2_050.* is of a network with alpha 0.35, got 0.5"):
+        find(wanted)  # which is all that is wrong with it
+    find(replace(wanted, alpha=None, resize=192, pretrained=str(tmp_path / fetched[0])))
+    with pytest.raises(InputError, match="got 0.5"):
+        find(wanted)
+    assert len(fetched) == 1
+
+
+def test_a_published_file_is_known_again(model, tmp_path, monkeypatch):
+    path = str(tmp_path / "renamed")
+    torch.save(model.state_dict(), path)
+    assert weights.read(path).preprocessing == "torchvision"
+    (source,) = (source for source in SOURCES if "7ebf99e0" in source.name)
+    seen = []
+    monkeypatch.setattr(weights, "by_digest", lambda sha256: seen.append(sha256) or replace(source, resize=192))
+    found = weights.read(path)
+    assert (found.preprocessing, found.resize, found.assumed) == ("torchvision_v2", 192, ())
+    assert found.sha256 == seen[0] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert weights.classes_in_words(found.classes) == "ImageNet-1k's"
 
 
 def test_averaged_weights_are_taken_where_there_are_some(model, tmp_path):
