@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from .config import OPEN, NetworkConfig
 from .distributed import World
 from .download import DownloadError, fetch, find_file, offline_message, weights_folder
-from .errors import InputError
+from .errors import InputError, RunError
 from .model import MobileNetV2
 from .registry import SOURCES, sources
 from .weights import Weights, read, widths
@@ -49,6 +49,9 @@ def follow(config: ConfigT, weights: Weights | None, say: Callable[[str], None] 
         decided[name] = next(value for value in (asked, own, usual) if value is not None)
         if say is not None and name != "alpha" and None not in (asked, own) and asked != own:
             say(f"--{name} {asked} is not what {known['source']}'s weights were made with ({own}): mind the accuracy")
+    trained_at = known.get("resize")
+    if say is not None and trained_at not in (None, config.resize):
+        say(f"--resize {config.resize} is not what {known['source']}'s weights were made with ({trained_at})")
     return replace(config, **decided)
 
 
@@ -81,24 +84,28 @@ def _published(config: NetworkConfig, world: World, origin: str | None) -> str:
     """The path of published weights in the weights folder, in each machine's."""
     alpha, folder = OPEN["alpha"] if config.alpha is None else config.alpha, weights_folder(config.weights_dir)
     hosts = world.gather(socket.gethostname())
+    problem = None
     if hosts.index(hosts[world.rank]) == world.rank and not find_file(alpha, config.resize, folder, origin):
-        _download(alpha, config.resize, folder, origin)
-    world.wait()
+        problem = _download(alpha, config.resize, folder, origin)
+    if problem := next(filter(None, world.gather(problem)), None):
+        raise InputError(problem)
     path = find_file(alpha, config.resize, folder, origin)
     if path is None:
-        raise InputError(offline_message(alpha, config.resize, folder, "another process has put none there"))
+        raise InputError(f"no weights of alpha {alpha} at {config.resize} px in {folder}, where they were just now")
     return path
 
 
-def _download(alpha: float, resize: int, folder: str, origin: str | None) -> None:
+def _download(alpha: float, resize: int, folder: str, origin: str | None) -> str | None:
+    """Put the best that is published into ``folder``; what went wrong, and what to do instead."""
     offered = [source for source in sources(alpha, resize) if source.conversion is None]
     offered = [source for source in offered if origin in (None, source.origin)]
-    cause = f"{origin} publishes none that can be read" if origin else "none is published"
-    if offered:
-        try:
-            fetch(offered[0], folder)
-        except DownloadError as error:
-            cause = error.cause
-        else:
-            return
-    raise InputError(offline_message(alpha, resize, folder, cause))
+    if not offered:
+        cause = f"{origin} publishes none that can be read" if origin else "none is published"
+        return offline_message(alpha, resize, folder, cause)
+    try:
+        fetch(offered[0], folder)
+    except DownloadError as error:
+        return offline_message(alpha, resize, folder, error.cause)
+    except RunError as error:
+        return str(error)
+    return None

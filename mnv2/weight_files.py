@@ -99,7 +99,8 @@ def _read_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_torch(path: str) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # by its name torch would take some files for others
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(f"{path} is no file of plain weights (nothing in it was run)") from None
 
