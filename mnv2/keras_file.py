@@ -2,7 +2,8 @@
 
 A file of weights has its tensors by layer, `Conv1/Conv1/kernel:0`, and a saved model the same under `model_weights/`
 (the ending `:0` is older Keras's). Keras 3's `.weights.h5` counts the layers of each class and their variables,
-`layers/conv2d_3/vars/0`, with the layer's name beside them; its `.keras` is an archive with such a file in it.
+`layers/conv2d_3/vars/0`; its `.keras` is an archive with such a file in it. The layers' own names, which newer versions
+write beside them, aren't read: they are texts of variable length, with which a damaged file can make HDF5 crash.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _tensors(file: Any, left: int) -> dict[str, Tensor]:
     """The tensors of an open file, which can't take more than ``left`` bytes, as Keras compresses nothing."""
     tensors: dict[str, Tensor] = {}
     for place, dataset in _datasets(_inner(file, "model_weights") or _inner(file, "layers") or file, (), set()):
-        name = _name(place, dataset)
+        name = _name(place)
         if dataset.shape is None or dataset.dtype.kind not in "fiu":
             raise ValueError(f"{name} holds no numbers")
         left -= dataset.nbytes
@@ -111,27 +112,25 @@ def _datasets(group: Any, place: tuple[str, ...], seen: set[Any]) -> Iterator[tu
             yield (*place, name), item
 
 
-def _name(place: tuple[str, ...], dataset: Any) -> str:
+def _name(place: tuple[str, ...]) -> str:
     """Layer and variable of the dataset at ``place``."""
     if not all(name.isprintable() for name in place):
         raise ValueError("a name in it isn't printable")
     if len(place) > 2 and place[-2] == "vars":
-        return _counted_name(place[-3], place[-1], dataset.parent.attrs.get("name"))
+        return _counted_name(place[-3], place[-1])
     # A model inside another one is a layer, whose layers come next; otherwise the scope of a variable, which comes
     # next, can have been counted up.
     layer = place[0] if _module(place[0]) else place[max(0, len(place) - 2)]
     return f"{layer}/{place[-1].removesuffix(':0')}"
 
 
-def _counted_name(counted: str, variable: str, layer: object) -> str:
-    """Layer and variable of the ``counted`` one of a class, "conv2d_3"; old files don't name its ``layer``."""
+def _counted_name(counted: str, variable: str) -> str:
+    """Layer and variable by their places in the network, as the ``counted`` one of a class, "conv2d_3", and "0"."""
     kind, _, count = re.sub(r"_(\d{1,3})$", r"/\1", counted).partition("/")
     variables = dict(zip("0123", _VARIABLES.get(kind, ()), strict=False))
     if variable not in variables:
         return f"{counted}/{variable}"
-    if not isinstance(layer, str):
-        layer = dict(enumerate(_layers(kind))).get(int(count or 0), counted)
-    return f"{layer}/{variables[variable]}"
+    return f"{dict(enumerate(_layers(kind))).get(int(count or 0), counted)}/{variables[variable]}"
 
 
 def _layers(kind: str) -> list[str]:
