@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from mnv2 import MobileNetV2, checkpoint, layer_shapes
+from mnv2 import MobileNetV2, checkpoint
 from mnv2.checkpoint import Saved
 from mnv2.config import TrainConfig, check_backend
 from mnv2.distributed import StopSignals, World, world
@@ -25,10 +25,11 @@ from mnv2.flags import parse
 from mnv2.inputs import TrainingData, evaluation_loader, find_training_data, training_loader
 from mnv2.logs import RunLog
 from mnv2.precision import dtype, numerics
+from mnv2.pretrained import build, find, follow
 from mnv2.session import Session
 from mnv2.trainer import Trainer
 from mnv2.warmup import warm_up
-from mnv2.weights import Weights, find
+from mnv2.weights import Weights
 
 
 def train(config: TrainConfig, world: World) -> str:
@@ -41,6 +42,7 @@ def train(config: TrainConfig, world: World) -> str:
     """
     saved = checkpoint.resume(config, world)
     if saved is not None:
+        config = follow(config, saved.weights())
         saved.check_run(config, world)
         if saved.epochs >= config.epoch_size:
             world.print(f"{saved.path} has done {saved.epochs} epochs of {config.epoch_size}: nothing is left to do")
@@ -52,9 +54,10 @@ def train(config: TrainConfig, world: World) -> str:
 
 def run(config: TrainConfig, world: World, saved: Saved | None) -> None:
     """Train to the end, from ``saved`` on where there is something."""
-    start = saved.weights() if saved is not None else find(config.pretrained, config.alpha, config.resize)
+    start = saved.weights() if saved is not None else find(config, world)
     if start is None and config.freeze != "none":
         raise InputError("--freeze: expected --pretrained FILE with features that have learnt something, got none")
+    config = follow(config, start, world.print)
     data = find_training_data(config, world, start)
     if saved is not None:
         saved.check_data(data)
@@ -97,21 +100,13 @@ def run(config: TrainConfig, world: World, saved: Saved | None) -> None:
 
 def make_network(config: TrainConfig, world: World, data: TrainingData) -> MobileNetV2:
     """The network as initialised, on its device."""
-    *_, head, _ = layer_shapes(config.alpha, config.resize)
+    torch.manual_seed(config.seed)
+    network = build(config, data.num_classes, None, dropout=config.dropout, save=config.save_activations)
+    *_, head, _ = network.layer_shapes(config.resize)
     if config.batch_size * head.height * head.width == 1 and config.freeze == "none":
         raise InputError(
             f"--batch_size: expected 2 or more at --resize {config.resize}, for BatchNorm's statistics, got 1"
         )
-    torch.manual_seed(config.seed)
-    network = MobileNetV2(
-        config.alpha,
-        data.num_classes,
-        config.dropout,
-        config.backend,
-        config.padding,
-        config.norm_eps,
-        config.save_activations,
-    )
     torch.manual_seed(config.seed + world.rank)  # a dropout of its own for each process
     return network.to(world.device)
 
@@ -121,7 +116,7 @@ def load(start: Weights, network: MobileNetV2, data: TrainingData, world: World)
     fits = start.num_classes == data.num_classes and start.classes in (None, data.classes)
     start.load_into(network, classifier=fits)
     world.print(
-        f"weights: {start}"
+        f"weights: {start.about()}"
         + ("" if fits else f"; a new classifier of {data.num_classes} classes in place of its {start.num_classes}")
     )
 

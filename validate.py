@@ -29,8 +29,9 @@ from mnv2.inputs import evaluation_loader
 from mnv2.logs import evaluation_lines
 from mnv2.precision import autocast, dtype, numerics
 from mnv2.predictions import FIRST, check_place, write
+from mnv2.pretrained import build, find, follow
 from mnv2.warmup import warm_up
-from mnv2.weights import Weights, build, find
+from mnv2.weights import Weights
 
 
 def validate(config: ValidateConfig, world: World) -> Evaluation:
@@ -38,7 +39,8 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
     if config.results and world.rank == 0:
         check_place(config.results)
     pictures = None if config.synthetic else list_pictures(config.data_url, "val", config.val_labels)
-    trained = find(config.pretrained, config.alpha, config.resize, ema=config.ema)
+    trained = find(config, world)
+    config = follow(config, trained, world.print)
     loader: Loader | SyntheticLoader
     classes = None
     if pictures is None:
@@ -69,7 +71,7 @@ def make_network(config: ValidateConfig, world: World, trained: Weights | None, 
     model = build(config, num_classes, trained)
     world.print(
         f"alpha {config.alpha}, {config.resize} px, {num_classes} classes, preprocessing {config.preprocessing}, "
-        f"weights: {trained or 'none, the network has learnt nothing'}"
+        f"weights: {trained.about() if trained else 'none, the network has learnt nothing'}"
     )
     model = model.to(world.device).eval()
     shape, kind = (config.batch_size, config.resize), dtype(config.precision)

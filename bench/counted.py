@@ -19,11 +19,11 @@ from kernels import roofline
 from kernels.roofline import SCHEDULERS, Bounds, Device
 from mnv2.errors import InputError, RunError
 from mnv2.model import LayerShape, layer_shapes
+from mnv2.registry import PUBLISHED
 
 from . import executions
 from .cases import BATCH, Case, blocks_of_network, case_of, training_passes
 from .figures import run_interpreted
-from .published import TOP1
 from .traffic import shape_of
 
 ALPHA, RESIZE = 1.0, 224
@@ -37,7 +37,7 @@ MACS_OF_TRAINING = 3  # times those of the forward: there are two gradients too
 
 
 class Variant(NamedTuple):
-    """A published variant: accuracy in percent, and what an image costs at inference, the network whole."""
+    """A published variant: accuracy in percent (Google's), and what an image costs at inference, the network whole."""
 
     alpha: float
     resize: int
@@ -96,11 +96,10 @@ def traffic(mode: str) -> dict[str, dict[str, float]]:
 
 def variants() -> Iterator[Variant]:
     """All published variants, by alpha and resolution."""
-    for alpha, accuracies in TOP1.items():
-        for resize, top1 in accuracies.items():
-            layers = layer_shapes(alpha, resize)
-            moved = executions.totals(executions.rows_of(executions.ours, layers, BATCH, False), BATCH)["network"]
-            yield Variant(alpha, resize, top1, sum(layer.macs for layer in layers), moved)
+    for (alpha, resize), accuracies in PUBLISHED.items():
+        layers = layer_shapes(alpha, resize)
+        moved = executions.totals(executions.rows_of(executions.ours, layers, BATCH, False), BATCH)["network"]
+        yield Variant(alpha, resize, accuracies["Google"].top1, sum(layer.macs for layer in layers), moved)
 
 
 def memory(path: Path, *, refresh: bool) -> dict[str, dict[str, float]]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .config import TrainConfig
+from .config import OPEN, TrainConfig
 from .data import LoaderState
 from .distributed import World
 from .engine import Progress
@@ -187,8 +187,9 @@ class Saved:
         return self.content["progress"]["epoch"]
 
     def weights(self) -> Weights:
-        """The network's, with the names of its classes."""
-        return Weights(self.path, self.content["model"], self.content["classes"])
+        """The network's, with the names of its classes, and what else it is."""
+        known = {name: self.content["config"].get(name) for name in OPEN}
+        return Weights(self.path, self.content["model"], "mnv2", classes=self.content["classes"], **known)
 
     def loader_state(self, world: World) -> LoaderState:
         """Where this process's loader was."""

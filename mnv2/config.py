@@ -21,6 +21,9 @@ from .model import check_alpha
 
 DEFAULT_DATA = "./dataset/imagenet"
 SYNTHETIC_PICTURES = 1024
+PREPROCESSING = ("reference", "torchvision", "torchvision_v2", "timm", "tf")
+# What the weights decide where the user doesn't (``weights.follow``), and what is usual without weights.
+OPEN: dict[str, Any] = {"alpha": 1.0, "padding": "symmetric", "norm_eps": 1e-5, "preprocessing": "reference"}
 
 
 def check_backend(backend: str, device: torch.device) -> None:
@@ -36,7 +39,11 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 def _pretrained(default: bool) -> Any:
     return option(
-        default, "True, False, or a file of weights (safetensors or .pth)", parse=parse_pretrained, const=True
+        default,
+        "a file or folder of weights, True for the best that is published of this variant, an origin for that one's "
+        "(torchvision, timm, d-li14, ...), or False",
+        parse=parse_pretrained,
+        const=True,
     )
 
 
@@ -45,19 +52,37 @@ class NetworkConfig:
     """What every run of a network on pictures has: the network, what becomes of a picture, and where it runs."""
 
     arch: str = option("mobilenetv2", "network", choices=("mobilenetv2",), fixed=True)
-    alpha: float = option(1.0, "width multiplier; 1.4, 1.3, 1.0, 0.75, 0.5 and 0.35 are published", fixed=True)
+    alpha: float | None = option(
+        None,
+        "width multiplier; 1.4, 1.3, 1.0, 0.75, 0.5 and 0.35 are published; None for the weights' own, without weights "
+        "1.0",
+        fixed=True,
+    )
     resize: int = option(224, "side of the network's input in pixels", fixed=True)
     pretrained: bool | str = _pretrained(False)
+    weights_dir: str | None = option(
+        None, "folder of published weights; None for $MNV2_WEIGHTS, else ~/.cache/mnv2", metavar="DIR"
+    )
     backend: str = option("auto", "how blocks run: Triton kernels, PyTorch, or what the GPU allows", choices=BACKENDS)
-    padding: str = option("symmetric", "zeros at stride 2: torchvision's or TensorFlow's", choices=PADDINGS, fixed=True)
-    norm_eps: float = option(1e-5, "epsilon of every BatchNorm; 1e-3 for TensorFlow's weights", fixed=True)
+    padding: str | None = option(
+        None,
+        "zeros at stride 2: torchvision's or TensorFlow's; None for the weights' own, without weights symmetric",
+        choices=PADDINGS,
+        fixed=True,
+    )
+    norm_eps: float | None = option(
+        None,
+        "epsilon of every BatchNorm; None for the weights' own, without weights 1e-5",
+        also=("--eps",),
+        fixed=True,
+    )
     batch_size: int = option(64, "pictures a process and forward pass", fixed=True)
     num_parallel_workers: int = option(8, "decoding threads a process, at most one a core")
-    preprocessing: str = option(
-        "reference",
-        "evaluation's resize and crop: short side + 32, torchvision's 256/224, timm's 0.875 bicubic, or tf's with "
-        "inputs in [-1, 1]",
-        choices=("reference", "torchvision", "timm", "tf"),
+    preprocessing: str | None = option(
+        None,
+        "evaluation's resize and crop: short side + 32, torchvision's 256/224 or 232/224, timm's 0.875 bicubic, or "
+        "tf's with inputs in [-1, 1]; None for the weights' own, without weights reference",
+        choices=PREPROCESSING,
     )
     precision: str = option(
         "fp32",
@@ -70,17 +95,18 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         """Check every value that doesn't need the data to be looked at."""
-        _check(self, "alpha", check_alpha)
-        _require(self, "alpha", lambda value: value <= 100, "at most 100")
+        if self.alpha is not None:
+            _check(self, "alpha", check_alpha)
+            _require(self, "alpha", lambda value: value <= 100, "at most 100")
         _require(self, "resize", lambda value: 1 <= value <= 8192, "an integer from 1 to 8192")
         for name in ("batch_size", "num_parallel_workers"):
             _require(self, name, lambda value: 1 <= value <= 65536, "an integer from 1 to 65536")
-        _require(self, "norm_eps", lambda value: 0 < value < 1, "a number over 0 and under 1")
+        _require(self, "norm_eps", lambda value: value is None or 0 < value < 1, "a number over 0 and under 1")
         for field in dataclasses.fields(self):
             if isinstance(getattr(self, field.name), str):
                 _require(self, field.name, lambda value: value, "some text")
             choices = field.metadata.get("choices")
-            if choices:
+            if choices and getattr(self, field.name) is not None:
                 _require(self, field.name, choices.__contains__, " or ".join(choices))
 
     @property

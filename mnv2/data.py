@@ -100,13 +100,14 @@ class Profile:
 _PROFILES: dict[str, Callable[[int], Profile]] = {
     "reference": lambda resize: Profile(resize, resize + 32),
     "torchvision": lambda resize: Profile(resize, round(resize * 256 / 224)),
+    "torchvision_v2": lambda resize: Profile(resize, round(resize * 232 / 224)),
     "timm": lambda resize: Profile(resize, int(resize / 0.875), cubic=True),
     "tf": lambda resize: Profile(resize, round(resize / 0.875), mean=(127.5,) * 3, std=(127.5,) * 3),
 }
 
 
 def profile(name: str, resize: int) -> Profile:
-    """The evaluation profile called ``name`` ("reference", "torchvision", "timm" or "tf") at ``resize`` pixels."""
+    """The evaluation profile called ``name``, one of ``config.PREPROCESSING``, at ``resize`` pixels."""
     if name not in _PROFILES:
         raise ValueError(f"name: expected one of {tuple(_PROFILES)}, got {name!r}")
     return _PROFILES[name](resize)

@@ -29,7 +29,8 @@ class Pictures:
     """The pictures of one folder: picture i is the file ``paths[i]``, of the class called ``names[i]``.
 
     ``classes`` are the names of all classes found, sorted, those without pictures included. ``problems`` are pairs of
-    a path and what is wrong with it. ``passed_over`` counts by extension the files that are no pictures.
+    a path and what is wrong with it. ``passed_over`` counts by extension the files that are no pictures. ``checked``
+    ones went through ``check_pictures``.
     """
 
     folder: str
@@ -38,6 +39,7 @@ class Pictures:
     classes: list[str]
     problems: list[tuple[str, str]] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
+    checked: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -139,13 +141,15 @@ def prepare(
 
 
 def check_pictures(pictures: Pictures, bad_files: str, world: World) -> Pictures:
-    """Look into every file, each process into its share, and return the pictures that are whole.
+    """Look into every file that isn't checked, each process into its share, and return the pictures that are whole.
 
     Prints how many pictures there are and everything that is left out.
 
     Raises:
         InputError: something is wrong and ``bad_files`` is "error", or nothing is left.
     """
+    if pictures.checked:
+        return pictures
     share = [fault(path) for path in pictures.paths[world.rank :: world.size]]
     found: list[str | None] = [None] * len(pictures)
     for rank, part in enumerate(world.gather(share)):
@@ -170,6 +174,7 @@ def check_pictures(pictures: Pictures, bad_files: str, world: World) -> Pictures
         paths=[pictures.paths[i] for i in kept],
         names=[pictures.names[i] for i in kept],
         problems=problems,
+        checked=True,
     )
 
 

@@ -25,9 +25,9 @@ ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 def option(default: Any, help: str, **settings: Any) -> Any:
     """Field of a configuration: its default, its help text and ``choices``, ``parse`` or ``const`` for its flag.
 
-    A ``fixed`` one can't change when training goes on from a checkpoint: it would be another network, other batches, or
-    a state that doesn't fit. A ``positional`` one has no flag: it must be given, in its place. One with argparse's
-    ``action`` is argparse's altogether.
+    ``also`` are other names of its flag. A ``fixed`` one can't change when training goes on from a checkpoint: it would
+    be another network, other batches, or a state that doesn't fit. A ``positional`` one has no flag: it must be given,
+    in its place. One with argparse's ``action`` is argparse's altogether.
     """
     return dataclasses.field(default=default, metadata={"help": help, **settings})
 
@@ -63,18 +63,21 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
-def parse(config: type[ConfigT], argv: Sequence[str] | None, description: str) -> ConfigT:
-    """Read the command line ``argv`` (None: the process's own) into ``config``.
+def parse(
+    config: type[ConfigT], argv: Sequence[str] | None, description: str, *, program: str | None = None
+) -> ConfigT:
+    """Read the command line ``argv`` (None: the process's own) into ``config``; ``program`` is what messages call it.
 
     A flag that is unknown or can't be read ends the process with status 2 and one line.
     """
     parser = _Parser(
-        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        program, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     types = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         name = field.name if "positional" in field.metadata else f"--{field.name}"
-        parser.add_argument(name, default=field.default, **_argument(field, types[field.name]))
+        also = field.metadata.get("also", ())
+        parser.add_argument(name, *also, default=field.default, **_argument(field, types[field.name]))
     if argv is None:
         argv = sys.argv[1:]
     values = vars(parser.parse_args([_underscored(word) for word in argv]))
@@ -92,13 +95,12 @@ def _argument(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     if "action" in settings:
         return settings
     parse_value = settings.pop("parse", None)
-    for ours in ("fixed", "positional"):
+    for ours in ("fixed", "positional", "also"):
         settings.pop(ours, None)
-    if isinstance(kind, UnionType):
-        kind = next(member for member in typing.get_args(kind) if member is not type(None))
+    kind = _given(kind)
     if typing.get_origin(kind) is tuple:
         settings.setdefault("metavar", "NUMBER")
-        settings["nargs"] = "+"
+        settings.setdefault("nargs", "+")
         kind = str
     elif kind is bool:
         kind = parse_bool
@@ -111,6 +113,13 @@ def _argument(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     return settings
 
 
+def _given(kind: Any) -> Any:
+    """The type of a field where it isn't None."""
+    if not isinstance(kind, UnionType):
+        return kind
+    return next(member for member in typing.get_args(kind) if member is not type(None))
+
+
 def _underscored(word: str) -> str:
     if not word.startswith("--"):
         return word
@@ -119,7 +128,7 @@ def _underscored(word: str) -> str:
 
 
 def _values(parser: _Parser, name: str, kind: Any, words: list[str]) -> tuple[Any, ...]:
-    member, *rest = typing.get_args(kind)
+    member, *rest = typing.get_args(_given(kind))
     if member is str:
         return tuple(words)
     wanted = ("integers" if member is int else "numbers") if rest == [...] else "two numbers"

@@ -101,6 +101,7 @@ def evaluation_loader(config: RunConfig, world: World, pictures: Pictures, index
 
 def files_loader(config: NetworkConfig, world: World, paths: Sequence[str], labels: Sequence[int]) -> Loader:
     """Batches that hold the picture of each file once, prepared as for an evaluation."""
+    assert config.preprocessing is not None, "weights.follow decides"
     return Loader(
         paths,
         labels,

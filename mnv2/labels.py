@@ -11,6 +11,9 @@ from importlib import resources
 
 from .errors import InputError
 
+BACKGROUND = "background"  # the class that TensorFlow's networks have before ImageNet's
+# What the outputs of networks for ImageNet-1k are: its 1000 classes, or 1001 with one more.
+IMAGENET, BACKGROUND_FIRST, LAST_UNUSED = "imagenet", "background first", "last unused"
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -54,6 +57,13 @@ def imagenet_classes() -> tuple[tuple[str, str], ...]:
     text = resources.files(__package__).joinpath("imagenet_classes.tsv").read_text(encoding="utf-8")
     rows = [line.split("\t") for line in text.splitlines()]
     return tuple((identifier, names) for _, identifier, names in rows)
+
+
+@cache
+def imagenet_orders() -> dict[str, list[str]]:
+    """The classes by number in each of the orders that networks for ImageNet-1k have: WordNet ids, empty for none."""
+    identifiers = [identifier for identifier, _ in imagenet_classes()]
+    return {IMAGENET: identifiers, BACKGROUND_FIRST: [BACKGROUND, *identifiers], LAST_UNUSED: [*identifiers, ""]}
 
 
 def class_names(outputs: int, trained: Sequence[str] | None) -> list[str]:

@@ -36,7 +36,8 @@ from .inputs import files_loader
 from .integrity import fault
 from .labels import class_names
 from .precision import autocast, dtype, numerics
-from .weights import Weights, build, find
+from .pretrained import build, find, follow
+from .weights import Weights
 
 _STDIN = "-"
 
@@ -183,9 +184,10 @@ def predict(config: PredictConfig, here: World) -> Iterator[Answer | Problem]:
     """What is in the pictures of ``config``, and what failed."""
     if here.size > 1:
         raise InputError(f"expected one process, got {here.size}")
-    weights = find(config.pretrained, config.alpha, config.resize, ema=config.ema)
+    weights = find(config, here)
     if weights is None:
         raise InputError("--pretrained: expected weights, got False, which is a network that has learnt nothing")
+    config = follow(config, weights, lambda line: print(line, file=sys.stderr))
     if config.save is not None:
         require_pillow("--save")
         os.makedirs(config.save, exist_ok=True)

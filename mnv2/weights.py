@@ -1,39 +1,84 @@
-"""Weights from files: nothing that a file holds is run, and names and shapes are checked before they are used."""
+"""Weights of MobileNetV2 from anybody's file, and the network that they are of.
+
+    python -m mnv2.weights convert SRC DST.safetensors
+    python -m mnv2.weights inspect FILE
+    python -m mnv2.weights list
+
+Whatever the layout, what comes out has torchvision's names, and a record of what the network and its pictures must be
+for the published accuracy: width, classes and their order, padding, epsilon, preprocessing. Nothing that a file holds
+is run; a file whose names or shapes aren't MobileNetV2's is refused by the first that doesn't fit.
+"""
 
 from __future__ import annotations
 
-import os
-import pickle
-import stat
-from collections.abc import Mapping
+import dataclasses
+import json
+import operator
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import NetworkConfig
-from .errors import InputError
-from .model import MobileNetV2
+from kernels.common import PADDINGS
 
-_CLASSIFIER_PREFIX = "classifier.1."
-_CLASSIFIER = _CLASSIFIER_PREFIX + "weight"
+from . import weight_files
+from .atomic import replacing
+from .config import PREPROCESSING
+from .errors import InputError, RunError
+from .labels import IMAGENET, imagenet_orders
+from .layouts import LAYOUTS, TORCHVISION, Layout, layout_of
+from .model import VARIANTS, MobileNetV2, layer_shapes
+from .published import Source
+from .registry import by_digest
+
+_CLASSIFIER = "classifier.1."
+# Looked for in this order where a file doesn't say: what is published, and then what users train.
+_ALPHAS = (*VARIANTS, 0.25, 0.1, *(step / 20 for step in range(1, 61)))
+_WIDTHS = (
+    "features.0.0.weight",
+    "features.1.conv.1.weight",
+    *(f"features.{block}.conv.2.weight" for block in range(2, 18)),
+    "features.18.0.weight",
+)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict in torchvision's names and its file.
+    """A state dict in torchvision's names, and what its network must be; what isn't known is None.
 
-    A checkpoint records the classes, padding and epsilon of its training too, and may hold averaged weights beside the
-    plain ones.
+    Args:
+        path: the file or folder.
+        state: the tensors.
+        source: whose layout the file has; "mnv2" for our own checkpoints.
+        alpha: width multiplier.
+        resize: side in pixels of the pictures that it was trained with.
+        classes: their names by number, empty for an output without a class.
+        padding: as in ``MobileNetV2``.
+        norm_eps: epsilon of every BatchNorm.
+        preprocessing: evaluation's profile (``data.profile``).
+        sha256: of the file.
+        averaged: these are a checkpoint's averaged weights.
+        assumed: fields that the file doesn't tell and the layout's networks have.
     """
 
     path: str
     state: Mapping[str, Tensor]
+    source: str = TORCHVISION.source
+    alpha: float | None = None
+    resize: int | None = None
     classes: list[str] | None = None
     padding: str | None = None
     norm_eps: float | None = None
+    preprocessing: str | None = None
+    sha256: str = ""
     averaged: bool = False
+    assumed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The file, and whether these are a checkpoint's averaged weights."""
@@ -42,128 +87,230 @@ class Weights:
     @property
     def num_classes(self) -> int:
         """Outputs of the classifier."""
-        return len(self.state[_CLASSIFIER])
+        return len(self.state[_CLASSIFIER + "weight"])
+
+    def about(self) -> str:
+        """The file, whose layout it has, and what it doesn't tell and is taken as usual there."""
+        shown = {name: getattr(self, name) for name in self.assumed} | {"classes": classes_in_words(self.classes)}
+        assumed = ", ".join(f"{name} {shown[name]}" for name in self.assumed)
+        return f"{self}, by {self.source}'s names" + (f", where it's usual: {assumed}" if assumed else "")
 
     def load_into(self, model: MobileNetV2, *, classifier: bool = True) -> None:
         """Copy the weights into ``model``; without ``classifier`` its own stays.
 
         Raises:
-            InputError: a name, a shape or the padding doesn't fit; the first that doesn't is told.
+            InputError: a name or a shape doesn't fit; the first that doesn't is told.
         """
-        if self.padding not in (None, model.padding):
-            raise InputError(f"--padding: {self.path} was trained with {self.padding}, got {model.padding}")
-        if self.norm_eps not in (None, model.norm_eps):
-            raise InputError(f"--norm_eps: {self.path} was trained with {self.norm_eps}, got {model.norm_eps}")
         wanted = model.state_dict()
         state = dict(self.state)
         if not classifier:
-            state.update({name: tensor for name, tensor in wanted.items() if name.startswith(_CLASSIFIER_PREFIX)})
+            state.update({name: tensor for name, tensor in wanted.items() if name.startswith(_CLASSIFIER)})
         for name, tensor in wanted.items():
             if name not in state:
-                raise InputError(f"--pretrained: {self.path} lacks {name}, which MobileNetV2 needs")
+                raise InputError(f"{self.path} lacks {name}, which MobileNetV2 needs")
             if state[name].shape != tensor.shape:
                 raise InputError(
-                    f"--pretrained: {self.path} holds {name} of shape {tuple(state[name].shape)}, but the network "
-                    f"with --alpha {model.alpha} and {model.num_classes} classes has {tuple(tensor.shape)}"
+                    f"{self.path} holds {name} of shape {tuple(state[name].shape)}, but the network with --alpha "
+                    f"{model.alpha} and {model.num_classes} classes has {tuple(tensor.shape)}"
                 )
         for name in state:
             if name not in wanted:
-                raise InputError(f"--pretrained: {self.path} holds {name}, which MobileNetV2 doesn't have")
+                raise InputError(f"{self.path} holds {name}, which MobileNetV2 doesn't have")
         model.load_state_dict(state)
 
+    def record(self) -> dict[str, Any]:
+        """What is known beside the tensors and the path."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("path", "state", "averaged")
+        }
 
-def build(config: NetworkConfig, num_classes: int, weights: Weights | None) -> MobileNetV2:
-    """The network of ``config`` with ``num_classes`` outputs, and ``weights`` in it where there are some.
+    def save(self, path: str) -> None:
+        """Write tensors and record to the safetensors file ``path``, all of it or nothing; ``read`` gives both back.
+
+        Raises:
+            RunError: it can't be written; what was there before still is.
+        """
+        state = {name: tensor.contiguous() for name, tensor in self.state.items()}
+        about = {"format": weight_files.FORMAT, "record": json.dumps(self.record())}
+        try:
+            with replacing(path) as temporary:
+                save_file(state, temporary, metadata=about)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"can't write {path}: {error}") from None
+
+
+def classes_in_words(classes: Sequence[str] | None) -> str:
+    """Which classes these are, in few words."""
+    if classes is None:
+        return "not recorded"
+    shown = ", ".join(classes[:3]) + ", ..." * (len(classes) > 3)
+    order = next((order for order, names in imagenet_orders().items() if names == list(classes)), None)
+    return f"{len(classes)}: {shown}" if order is None else "ImageNet-1k's" + f", {order}" * (order != IMAGENET)
+
+
+def load(
+    path: str, *, padding: str | None = None, norm_eps: float | None = None, backend: str = "auto", ema: bool = True
+) -> MobileNetV2:
+    """The network of the file or folder ``path``, in evaluation, on the CPU.
+
+    Args:
+        path: weights in any layout and container that ``read`` takes.
+        padding: in place of what the file or its layout says.
+        norm_eps: likewise.
+        backend: as in ``MobileNetV2``.
+        ema: take averaged weights where there are some.
 
     Raises:
-        InputError: they don't fit it.
+        InputError: the file can't be read or isn't MobileNetV2's; the message names the first key that doesn't fit.
+        ValueError: an argument is out of its range.
     """
-    model = MobileNetV2(
-        config.alpha, num_classes, backend=config.backend, padding=config.padding, norm_eps=config.norm_eps
-    )
-    if weights is not None:
-        weights.load_into(model)
-    return model
-
-
-def find(pretrained: bool | str, alpha: float, resize: int, *, ema: bool = True) -> Weights | None:
-    """The weights that ``--pretrained`` asks for: None for False, a file by its path, the weights folder for True.
-
-    The weights folder is ``$MNV2_WEIGHTS``, else ``mnv2`` in the user's cache. ``ema`` asks for a checkpoint's averaged
-    weights where it has them.
-
-    Raises:
-        InputError: the file is missing, damaged, or no weights; for True the message says where a file would go.
-    """
-    if pretrained is False:
-        return None
-    if pretrained is True:
-        path = default_path(alpha, resize)
-        if not os.path.exists(path):
-            raise InputError(
-                f"--pretrained: no weights at {path}; put a safetensors file with torchvision's names there, name a "
-                "file with --pretrained FILE, or say --pretrained False for a network that has learnt nothing"
-            )
-        return read(path, ema=ema)
-    assert isinstance(pretrained, str)
-    return read(pretrained, ema=ema)
-
-
-def default_path(alpha: float, resize: int) -> str:
-    """Where the weights of a variant are looked for."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = os.environ.get("MNV2_WEIGHTS") or os.path.join(cache, "mnv2")
-    return os.path.join(folder, f"mobilenetv2_{alpha}_{resize}.safetensors")
+    weights = read(path, ema=ema)
+    settings: dict[str, Any] = {"alpha": weights.alpha, "padding": weights.padding, "norm_eps": weights.norm_eps}
+    settings |= {name: value for name, value in (("padding", padding), ("norm_eps", norm_eps)) if value is not None}
+    known = {name: value for name, value in settings.items() if value is not None}
+    model = MobileNetV2(num_classes=weights.num_classes, backend=backend, **known)
+    weights.load_into(model)
+    return model.eval()
 
 
 def read(path: str, *, ema: bool = True) -> Weights:
-    """Read a file of weights: safetensors, a state dict, or one of our checkpoints, known by content, not by name.
+    """Read weights of MobileNetV2 in any layout of ``layouts``.
 
-    ``ema`` takes a checkpoint's averaged weights where it has them.
+    Args:
+        path: a safetensors file, torch's of a state dict or of a checkpoint, or a folder of transformers, known by
+            content, not by name.
+        ema: take averaged weights where there are some.
 
     Raises:
-        InputError: the file can't be read, or holds something else.
+        InputError: it can't be read, is damaged, or isn't MobileNetV2's; the first key that doesn't fit is told.
     """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never answer
-            raise InputError(f"--pretrained: expected a file, got {path}")
-        with open(path, "rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise InputError(f"--pretrained: can't read {path}: {error.strerror}") from None
-    try:
-        if start[8:] == b"{":  # safetensors: eight bytes of length, then JSON
-            content: object = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(f"--pretrained: {path} is no file of plain weights (nothing in it was run)") from None
-    except Exception as error:  # a damaged file can fail anywhere in its reader
-        cause = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"--pretrained: {path} is damaged or no file of weights ({cause})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"--pretrained: expected a state dict in {path}, got {type(content).__name__}")
-    if isinstance(content.get("model"), dict):
-        averaged = ema and isinstance(content.get("ema"), dict)
-        weights = _weights(path, content["ema" if averaged else "model"])
-        classes, config = content.get("classes"), content.get("config")
-        names = classes if isinstance(classes, list) else ()
-        if classes is not None and [type(name) for name in names] != [str] * weights.num_classes:
-            raise InputError(f"--pretrained: expected {weights.num_classes} names in the classes of {path}")
-        if isinstance(config, dict):
-            weights = replace(weights, padding=config.get("padding"), norm_eps=config.get("norm_eps"))
-        return replace(weights, classes=classes, averaged=averaged)
-    return _weights(path, content)
+    content = weight_files.read(path, ema=ema)
+    layout = layout_of(list(content.tensors))
+    if layout is None:
+        names = ", ".join(list(content.tensors)[:3]) or "nothing"
+        layouts = ", ".join(layout.source for layout in LAYOUTS)
+        raise InputError(f"{path}: expected MobileNetV2's tensors by the names of {layouts}, got {names} ...")
+    state = _renamed(path, content.tensors, layout)
+    record = _checked_record(path, content.record, outputs=len(state[_CLASSIFIER + "weight"]))
+    if record.get("alpha") is None:
+        record["alpha"] = _alpha(state)
+    state = _checked(path, state, layout, record["alpha"])
+    weights = Weights(path, state, layout.source, sha256=content.sha256, averaged=content.averaged)
+    published = by_digest(record.get("sha256") or content.sha256)
+    usual = _published(published) if published else _usual(layout, weights.num_classes)
+    missing = {name: value for name, value in usual.items() if name not in record}
+    if published is None and "assumed" not in record:
+        missing["assumed"] = tuple(missing)
+    return replace(weights, **missing, **record)
 
 
-def _weights(path: str, state: Mapping[str, Tensor]) -> Weights:
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise InputError(f"--pretrained: expected a tensor for every name in {path}, but {name!r} is none")
-        counter = name.endswith("num_batches_tracked")
-        if value.layout != torch.strided or value.is_meta or not (counter or value.is_floating_point()):
-            raise InputError(f"--pretrained: expected plain floats for {name} in {path}, got {value.dtype}")
-    if _CLASSIFIER not in state or state[_CLASSIFIER].dim() != 2:
-        names = ", ".join(list(state)[:3]) or "nothing"
-        raise InputError(f"--pretrained: expected torchvision's names in {path}, {_CLASSIFIER} too, got {names} ...")
-    return Weights(path, state)
+def _published(source: Source) -> dict[str, Any]:
+    """What the publisher says of the network."""
+    names = ("resize", "padding", "norm_eps", "preprocessing")
+    return {name: getattr(source, name) for name in names} | {
+        "source": source.origin,
+        "classes": imagenet_orders()[source.classes],
+    }
+
+
+def _usual(layout: Layout, outputs: int) -> dict[str, Any]:
+    """What networks of ``layout`` have where their files don't say."""
+    usual: dict[str, Any] = {name: getattr(layout, name) for name in ("padding", "norm_eps", "preprocessing")}
+    if layout is TORCHVISION:
+        return usual  # its names are everybody's, whose classes may be any
+    for order in (IMAGENET, layout.of_1001):
+        if order is not None and len(imagenet_orders()[order]) == outputs:
+            usual["classes"] = imagenet_orders()[order]
+    return usual
+
+
+def _renamed(path: str, tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """``tensors`` by torchvision's names, in fp32."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        ours = layout.torchvision_name(name)
+        if ours is None or ours in state:
+            raise InputError(f"{path} holds {name}, which MobileNetV2 in {layout.source}'s layout doesn't have")
+        state[ours] = tensor.float() if tensor.is_floating_point() else tensor
+    classifier = _CLASSIFIER + "weight"
+    if classifier not in state:
+        raise InputError(f"{path} lacks {layout.own_name(classifier)}: expected weights with a classifier")
+    if state[classifier].shape[2:] == (1, 1):  # a convolution
+        state[classifier] = state[classifier].flatten(1)
+    return state
+
+
+def _checked(path: str, state: Mapping[str, Tensor], layout: Layout, alpha: float) -> dict[str, Tensor]:
+    """``state`` in the order of the network of width ``alpha``, whose every tensor it must have."""
+    with torch.device("meta"):
+        wanted = MobileNetV2(alpha, max(1, len(state[_CLASSIFIER + "weight"]))).state_dict()
+    checked = {}
+    for name, expected in wanted.items():
+        own = layout.own_name(name)
+        if name not in state:
+            if not name.endswith("num_batches_tracked"):
+                raise InputError(f"{path} lacks {own}, which MobileNetV2 in {layout.source}'s layout has")
+            checked[name] = torch.zeros((), dtype=torch.int64)  # old files don't count batches
+            continue
+        tensor = checked[name] = state[name]
+        if tensor.shape != expected.shape:
+            shape, alike = tuple(tensor.shape), sorted(tensor.shape) == sorted(expected.shape)
+            raise InputError(
+                f"{path} holds {own} of shape {shape}{' (transposed?)' * alike}, expected {tuple(expected.shape)} at "
+                f"alpha {alpha}"
+            )
+        if not tensor.isfinite().all() or (name.endswith("running_var") and tensor.min() < 0):
+            raise InputError(f"{path} holds {own} with numbers that aren't finite, or variances under 0")
+    return checked
+
+
+def _checked_record(path: str, record: Mapping[str, Any], outputs: int) -> dict[str, Any]:
+    """``record`` with every value of the kind that ``Weights`` has."""
+
+    def number(value: Any, most: float) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
+
+    def names(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+    checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "alpha": ("a number over 0, at most 100", lambda value: number(value, 100)),
+        "resize": ("pixels", lambda value: isinstance(value, int) and number(value, 8192)),
+        "classes": (f"{outputs} names", lambda value: names(value) and len(value) == outputs),
+        "padding": (" or ".join(PADDINGS), PADDINGS.__contains__),
+        "norm_eps": ("a number over 0 and under 1", lambda value: number(value, 1) and value < 1),
+        "preprocessing": (" or ".join(PREPROCESSING), PREPROCESSING.__contains__),
+        "source": ("a name", lambda value: isinstance(value, str)),
+        "sha256": ("64 digits", lambda value: re.fullmatch("([0-9a-f]{64})?", str(value)) is not None),
+        "assumed": ("names", names),
+    }
+    for name, value in record.items():
+        if name not in checks:
+            raise InputError(f"{path}: expected a record of {', '.join(checks)}, got {name!r}")
+        expected, holds = checks[name]
+        if value is not None and not holds(value):
+            raise InputError(f"{path}: expected {expected} as its record of {name}, got {str(value)[:50]}")
+    return {name: tuple(value) if name == "assumed" and value else value for name, value in record.items()}
+
+
+def _alpha(state: Mapping[str, Tensor]) -> float:
+    """The width multiplier whose network has most of the widths of ``state``, a published one if several have."""
+    found = [len(state[name]) if name in state and state[name].dim() else 0 for name in _WIDTHS]
+
+    def shared(alpha: float) -> int:
+        return sum(map(operator.eq, found, widths(alpha)))
+
+    return max(_ALPHAS, key=shared)
+
+
+def widths(alpha: float) -> list[int]:
+    """Outputs of stem, blocks and head of the network of width ``alpha``."""
+    return [shape.c_out for shape in layer_shapes(alpha)[:-1]]
+
+
+if __name__ == "__main__":
+    from mnv2.weights_command import main  # which imports this module by its name
+
+    sys.exit(main())

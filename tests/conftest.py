@@ -27,6 +27,7 @@ def pytest_configure(config):
     # Triton reads it where a kernel is defined, so nothing here may import the kernels before.
     if not (config.getoption("--sanitize") or torch.cuda.is_available()):
         os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["https_proxy"] = "http://127.0.0.1:9"  # nobody there: no test, and no script that it runs, downloads
     # Tests run side by side and their networks are small: threads that wait for each other take many times longer.
     torch.set_num_threads(1)
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from mnv2 import MobileNetV2
+from mnv2.layouts import LAYOUTS
 from mnv2.trainer import weights_of
 
 
@@ -68,3 +69,9 @@ def write_undecodable(path: Path) -> None:
 def save_weights(path: Path | str, model: MobileNetV2, classes: list[str] | None, **config) -> None:
     """What `validate.py` and ``--pretrained`` read of a checkpoint."""
     torch.save({"model": weights_of(model), "classes": classes, "config": config}, path)
+
+
+def in_layout(state, source):
+    """``state`` by the names of the layout called ``source``."""
+    layout = next(layout for layout in LAYOUTS if layout.source == source)
+    return {layout.own_name(name): tensor.contiguous() for name, tensor in state.items()}

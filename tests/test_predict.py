@@ -76,7 +76,7 @@ def test_pictures_get_what_the_evaluations_network_gives_them(model, weights, pi
 
 def test_the_same_are_right_as_in_an_evaluation(model, weights, pictures, capsys):
     labels = [CLASSES.index(path.parent.name) for path in pictures]
-    loader = Loader(list(map(str, pictures)), labels, profile("reference", 32), batch_size=4, world=World())
+    loader = Loader(list(map(str, pictures)), labels, profile("torchvision", 32), batch_size=4, world=World())
     right = evaluate(fold(model), loader, len(pictures), World()).top1
     assert run(*pictures, "--pretrained", weights, "--topk", 1, "--json") == 0
     assert sum(Path(path).parent.name == classes[0]["name"] for path, classes in told(capsys).items()) == right
@@ -234,7 +234,7 @@ def test_numbers_that_arent_finite_are_no_answer(model, pictures, tmp_path, caps
     [
         (["--pretrained", "missing.pt"], "--pretrained: can't read missing.pt: No such file or directory"),
         (["--pretrained", "false"], "--pretrained: expected weights, got False, which is a network that has learnt"),
-        ([], "--pretrained: no weights at "),
+        ([], "--pretrained: no weights of alpha 0.35 at 32 px in "),
     ],
 )
 def test_missing_weights_are_one_line(pictures, tmp_path, monkeypatch, words, message, capsys):

@@ -12,7 +12,6 @@ import pytest
 
 from bench import counted, report, results, tables
 from bench.gpu_jobs import Job
-from bench.published import TOP1
 from mnv2.errors import InputError, RunError
 from mnv2.model import VARIANTS, layer_shapes
 
@@ -153,10 +152,10 @@ def test_the_bounds_of_blocks_add_up_to_the_networks(mode):
 
 
 def test_every_published_variant_has_its_accuracy():
-    assert {alpha: tuple(found) for alpha, found in TOP1.items()} == VARIANTS
-    variants = list(counted.variants())
-    assert len(variants) == 22
-    assert next(variant for variant in variants if variant[:2] == (1.0, 224)).macs == 300774272
+    variants = {(variant.alpha, variant.resize): variant for variant in counted.variants()}
+    assert set(variants) == {(alpha, resize) for alpha, resolutions in VARIANTS.items() for resize in resolutions}
+    assert variants[1.0, 224].macs == 300774272
+    assert variants[0.75, 192].top1 == 68.7  # Google's
 
 
 def test_numbers_have_three_digits():

@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
 import validate
-from mnv2 import MobileNetV2, data, inputs
+from mnv2 import MobileNetV2, data, inputs, pretrained
 from mnv2.config import TrainConfig
 from mnv2.data import Augmentation, Loader, profile
 from mnv2.distributed import World
@@ -178,9 +178,13 @@ def test_synthetic_pictures_need_no_data(tmp_path, capsys, monkeypatch):
     [
         ("validate.py", "--data_url nowhere", "--data_url: no folder nowhere; it should hold train/ and val/"),
         ("train.py", "--data_url nowhere", "--data_url: no folder nowhere; it should hold train/ and val/"),
-        ("validate.py", "--data_url {photos}", r"--pretrained: no weights at .*mobilenetv2_1.0_224.safetensors"),
+        ("validate.py", "--data_url {photos}", r"--pretrained: no weights of alpha 1.0 at 224 px in .*"),
         ("validate.py", "--data_url {photos} --pretrained no.pth", "--pretrained: can't read no.pth: No such file"),
-        ("validate.py", "--data_url {photos} --pretrained {weights}", "--pretrained: .* network with --alpha 1.0"),
+        (
+            "validate.py",
+            "--data_url {photos} --alpha 1.0 --pretrained {weights}",
+            "--alpha: .*last.pt is of a network with alpha 0.35, got 1.0",
+        ),
         ("validate.py", "--data_url {photos} --pretrained False --num_classes 2", "--num_classes: expected at least 3"),
         ("train.py", "--data_url {photos} --batch_size 24", "--batch_size: expected at most 23 for 23 pictures"),
         ("train.py", "--data_url {photos} --class_index imagenet", "--class_index: ImageNet-1k's own order"),
@@ -265,7 +269,7 @@ def test_training_is_what_its_flags_say(photos, tmp_path, monkeypatch):
     def stepped(optimizer, *arguments):
         rates.append(optimizer.param_groups[0]["lr"])
 
-    monkeypatch.setattr(train, "MobileNetV2", watched("MobileNetV2", MobileNetV2))
+    monkeypatch.setattr(pretrained, "MobileNetV2", watched("MobileNetV2", MobileNetV2))
     for name in ("Augmentation", "Loader"):
         monkeypatch.setattr(inputs, name, watched(name, getattr(inputs, name)))
     monkeypatch.setattr(torch.optim, "SGD", watched("SGD", torch.optim.SGD))
@@ -293,9 +297,10 @@ from mnv2.data import Batch
 from mnv2.config import TrainConfig
 from mnv2.distributed import world
 from mnv2.inputs import TrainingData
+from mnv2.pretrained import follow
 from mnv2.trainer import Trainer
 with world("cpu") as here:
-    config = TrainConfig(alpha=0.35, resize=32, batch_size=4, seed=3)
+    config = follow(TrainConfig(alpha=0.35, resize=32, batch_size=4, seed=3), None)
     trainer = Trainer(train.make_network(config, here, TrainingData(None, None, None, 3)), config, here)
     trainer.start_epoch(0)
     model = trainer._model

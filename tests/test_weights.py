@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from samples import save_weights
+from samples import in_layout, save_weights
 
-from mnv2 import MobileNetV2, weights
+from mnv2 import MobileNetV2, pretrained, weights
+from mnv2.config import OPEN, ValidateConfig
 from mnv2.errors import InputError
+from mnv2.pretrained import build, find, follow
+from mnv2.registry import SOURCES
 
 
 @pytest.fixture
@@ -55,28 +61,28 @@ class Harmful:
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (lambda path: torch.save({"a": torch.ones(2).int()}, path), "expected plain floats for a in"),
+        (lambda path: torch.save({"a": torch.ones(2).int()}, path), "expected plain floats for a, got"),
         (lambda path: torch.save({"a": torch.eye(2).to_sparse()}, path), "expected plain floats"),
-        (lambda path: torch.save({3: torch.ones(2)}, path), "expected a tensor for every name .*, but 3 is none"),
-        (lambda path: os.mkfifo(path), "expected a file, got"),
-        (lambda path: torch.save({"model": CLASSIFIER, "classes": 5}, path), "expected 4 names in the classes"),
-        (lambda path: torch.save({"model": CLASSIFIER, "classes": ["a"]}, path), "expected 4 names in the classes"),
+        (lambda path: torch.save({3: torch.ones(2)}, path), "expected a tensor for every name, but 3 is none"),
+        (lambda path: os.mkfifo(path), "expected a file of weights"),
+        (lambda path: torch.save({"model": CLASSIFIER, "classes": 5}, path), "expected 4 names as its record"),
+        (lambda path: torch.save({"model": CLASSIFIER, "classes": ["a"]}, path), "expected 4 names as its record"),
         (lambda path: None, "can't read .*: No such file"),
-        (lambda path: path.mkdir(), "expected a file, got"),
+        (lambda path: path.mkdir(), "expected model.safetensors or .* in the folder, got neither"),
         (lambda path: path.write_bytes(b""), "is damaged or no file of weights"),
         (lambda path: path.write_bytes(b"<html>404 not found</html>" * 10), "is no file of plain weights|is damaged"),
         (lambda path: path.write_bytes(pickle.dumps(Harmful())), "is no file of plain weights"),
         (lambda path: torch.save({"model": Harmful()}, path), "is no file of plain weights"),
-        (lambda path: torch.save([1, 2], path), "expected a state dict in .*, got list"),
-        (lambda path: torch.save({}, path), "expected torchvision's names"),
-        (lambda path: torch.save({"epoch": 3}, path), "expected a tensor for every name in .*, but 'epoch' is none"),
-        (lambda path: save_file({"conv_stem.weight": torch.ones(1)}, path), "expected .* got conv_stem"),
+        (lambda path: torch.save([1, 2], path), "expected a state dict, got list"),
+        (lambda path: torch.save({}, path), "expected MobileNetV2's tensors by the names of .*, got nothing"),
+        (lambda path: torch.save({"epoch": 3}, path), "expected a tensor for every name, but 'epoch' is none"),
+        (lambda path: save_file({"layer1.0.conv1.weight": torch.ones(1)}, path), "by the names .* got layer1"),
         (lambda path: cut(path, lambda p: save_file({"classifier.1.weight": torch.ones(4, 1280)}, p)), "is damaged"),
         (lambda path: cut(path, lambda p: torch.save({"classifier.1.weight": torch.ones(4, 1280)}, p)), "is damaged"),
     ],
     ids=[
         "integers", "sparse", "integer-names", "pipe", "class-number", "too-few-classes",
-        "missing", "folder", "empty", "html", "pickle", "pickle-in-zip", "list", "nothing", "numbers", "timm",
+        "missing", "folder", "empty", "html", "pickle", "pickle-in-zip", "list", "nothing", "numbers", "resnet",
         "cut-safetensors", "cut-pth",
     ],
 )  # fmt: skip
@@ -114,12 +120,39 @@ def test_weights_of_another_network_are_refused_by_the_first_name(model, tmp_pat
             weights.Weights("x", state).load_into(model)
 
 
-def test_a_checkpoint_remembers_its_padding(tmp_path):
+def config(**given):
+    return ValidateConfig(**given)
+
+
+def test_a_checkpoint_remembers_its_network(tmp_path):
     path = str(tmp_path / "last.pt")
-    save_weights(path, MobileNetV2(0.35, 4, padding="same"), None, padding="same")
-    weights.read(path).load_into(MobileNetV2(0.35, 4, padding="same"))
-    with pytest.raises(InputError, match="--padding: .*last.pt was trained with same, got symmetric"):
-        weights.read(path).load_into(MobileNetV2(0.35, 4))
+    own = {"alpha": 0.35, "padding": "same", "norm_eps": 1e-3, "preprocessing": "timm", "resize": 96}
+    save_weights(path, MobileNetV2(0.35, 4, padding="same", norm_eps=1e-3), ["a", "b", "c", "d"], **own)
+    read = weights.read(path)
+    assert {name: getattr(read, name) for name in own} == own
+    assert (read.source, read.assumed) == ("mnv2", ())
+
+    followed = follow(config(), read)
+    assert (followed.alpha, followed.padding, followed.norm_eps, followed.preprocessing) == (0.35, "same", 1e-3, "timm")
+    model = build(followed, 4, read)
+    assert (model.alpha, model.padding, model.norm_eps) == (0.35, "same", 1e-3)
+
+
+def test_what_the_user_says_goes_and_is_told(model, tmp_path):
+    path = str(tmp_path / "last.pt")
+    save_weights(path, model, None, padding="same", preprocessing="timm")
+    read, said = weights.read(path), []
+    followed = follow(config(padding="symmetric", preprocessing="tf", norm_eps=1e-5), read, said.append)
+    assert (followed.padding, followed.preprocessing) == ("symmetric", "tf")
+    assert [line.split()[:2] for line in said] == [["--padding", "symmetric"], ["--preprocessing", "tf"]]
+    with pytest.raises(InputError, match=f"--alpha: {path} is of a network with alpha 0.35, got 0.75"):
+        find(config(pretrained=path, alpha=0.75))
+    assert follow(config(alpha=0.36), find(config(pretrained=path, alpha=0.36))).alpha == 0.36  # the same widths
+
+
+def test_without_weights_all_is_as_usual():
+    followed = follow(config(pretrained=False), None)
+    assert (followed.alpha, followed.padding, followed.norm_eps, followed.preprocessing) == tuple(OPEN.values())
 
 
 def test_a_failed_load_changes_nothing(model):
@@ -130,17 +163,59 @@ def test_a_failed_load_changes_nothing(model):
 
 
 def test_true_looks_into_the_weights_folder(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("MNV2_WEIGHTS", str(tmp_path))
-    expected = tmp_path / "mobilenetv2_0.35_96.safetensors"
-    with pytest.raises(InputError, match=f"no weights at {expected}; put a safetensors file .* --pretrained False"):
-        weights.find(True, 0.35, 96)
-    save_file(contiguous(model), expected)
-    assert weights.find(True, 0.35, 96).path == str(expected)
-    assert weights.find(False, 0.35, 96) is None
+    monkeypatch.setenv("MNV2_WEIGHTS", str(tmp_path / "none"))
+    wanted = config(alpha=0.35, resize=96, weights_dir=str(tmp_path))
+    with pytest.raises(InputError, match=f"^--pretrained: no weights of alpha 0.35 at 96 px in {tmp_path} .can't down"):
+        find(wanted)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match=r"no weights of alpha 0.6 at 224 px in .*none \(none is published\); none"):
+        find(config(alpha=0.6))
+    theirs, own = tmp_path / "mobilenet_v2_0.35_96", tmp_path / "mobilenetv2_0.35_96.safetensors"
+    theirs.mkdir()
+    save_file(in_layout(model.state_dict(), "transformers"), theirs / "model.safetensors")
+    (theirs / "config.json").write_text('{"depth_multiplier": 0.35}')
+    assert find(wanted).source == "transformers"
+    save_file(contiguous(model), own)
+    assert find(wanted).path == str(own)
+    assert find(replace(wanted, pretrained="transformers")).path == str(theirs)
+    with pytest.raises(InputError, match=r"timm publishes none that can be read\); put there"):
+        find(replace(wanted, pretrained="timm"))
 
-    monkeypatch.delenv("MNV2_WEIGHTS")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert weights.default_path(1.0, 224) == str(tmp_path / "cache" / "mnv2" / "mobilenetv2_1.0_224.safetensors")
+    assert find(config(pretrained=False)) is None
+    assert find(config(pretrained=str(own))).alpha == 0.35
+    monkeypatch.chdir(tmp_path)
+    own.rename("timm")  # a file of that name is what is meant
+    assert find(replace(wanted, pretrained="timm")).path == "timm"
+
+
+def test_what_is_missing_is_downloaded_once_a_machine(model, tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(source, folder):
+        fetched.append(source.name)
+        torch.save(in_layout(model.state_dict(), "timm"), tmp_path / source.name)
+
+    monkeypatch.setattr(pretrained, "fetch", fetch)
+    wanted = config(alpha=0.5, pretrained="timm", weights_dir=str(tmp_path))
+    with pytest.raises(InputError, match="--alpha: .*mobilenetv2_050.* is of a network with alpha 0.35, got 0.5"):
+        find(wanted)  # which is all that is wrong with it
+    find(replace(wanted, alpha=None, resize=192, pretrained=str(tmp_path / fetched[0])))
+    with pytest.raises(InputError, match="got 0.5"):
+        find(wanted)
+    assert len(fetched) == 1
+
+
+def test_a_published_file_is_known_again(model, tmp_path, monkeypatch):
+    path = str(tmp_path / "renamed")
+    torch.save(model.state_dict(), path)
+    assert weights.read(path).preprocessing == "torchvision"
+    (source,) = (source for source in SOURCES if "7ebf99e0" in source.name)
+    seen = []
+    monkeypatch.setattr(weights, "by_digest", lambda sha256: seen.append(sha256) or replace(source, resize=192))
+    found = weights.read(path)
+    assert (found.preprocessing, found.resize, found.assumed) == ("torchvision_v2", 192, ())
+    assert found.sha256 == seen[0] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert weights.classes_in_words(found.classes) == "ImageNet-1k's"
 
 
 def test_averaged_weights_are_taken_where_there_are_some(model, tmp_path):

@@ -1,0 +1,216 @@
+"""Files of weights as they are: tensors under the file's own names, and what it says of their network.
+
+Known by content, not by name: safetensors, torch's files of tensors, our checkpoints, and the folders of transformers.
+Nothing that a file holds is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .errors import InputError
+from .labels import BACKGROUND, BACKGROUND_FIRST, IMAGENET, imagenet_classes, imagenet_orders
+
+FORMAT = "mnv2 weights, 1"
+FOLDED = "mnv2 inference network"
+CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
+# Where others' checkpoints keep the weights, those of an average first where one is asked for.
+_AVERAGES = ("ema", "state_dict_ema", "model_ema")
+_PLAIN = ("model", "state_dict", "model_state_dict")
+_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DataParallel, DDP and torch.compile
+
+
+@dataclass(frozen=True)
+class Content:
+    """The ``tensors`` of a file and its ``sha256``.
+
+    ``record`` is what it says of the network, by the names of ``weights.Weights``; ``averaged`` whether its tensors are
+    an average that it holds beside others.
+    """
+
+    tensors: Mapping[str, Tensor]
+    sha256: str
+    record: Mapping[str, Any] = field(default_factory=dict)
+    averaged: bool = False
+
+
+def read(path: str, *, ema: bool = True) -> Content:
+    """Read a file of weights, or a folder as transformers writes it; ``ema`` takes an average where there is one.
+
+    Raises:
+        InputError: it can't be read, is damaged, or holds something else; the message begins with ``path``.
+    """
+    if os.path.isdir(path):
+        return _read_folder(path)
+    start = _start(path)
+    try:
+        if start[8:9] == b"{":  # eight bytes of length, then JSON
+            tensors, record = _read_safetensors(path)
+            averaged = False
+        else:
+            tensors, record, averaged = _unwrapped(path, _read_torch(path), ema)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in its reader
+        cause = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path} is damaged or no file of weights ({cause})") from None
+    return Content(_plain(path, tensors), sha256(path), record, averaged)
+
+
+def sha256(path: str) -> str:
+    """SHA-256 of the file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _start(path: str) -> bytes:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never answer
+            raise InputError(f"{path}: expected a file of weights, got none")
+        with open(path, "rb") as file:
+            return file.read(64)
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror}") from None
+
+
+def _read_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+        kind = about.get("format", "")
+        if kind.startswith(FOLDED):
+            raise InputError(
+                f"{path} holds a folded network (mnv2.InferenceNetwork.load reads it), expected weights with BatchNorm"
+            )
+        record = json.loads(about["record"]) if kind == FORMAT else {}
+        return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118  # no mapping
+
+
+def _read_torch(path: str) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} is no file of plain weights (nothing in it was run)") from None
+
+
+def _unwrapped(path: str, content: Any, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
+    """The state dict in ``content``, what that says of the network, and whether it is an average."""
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a state dict, got {type(content).__name__}")
+    averages = [name for name in _AVERAGES if ema and isinstance(content.get(name), dict)]
+    found = [*averages, *(name for name in _PLAIN if isinstance(content.get(name), dict))]
+    state = content[found[0]] if found else content
+    config = content.get("config")
+    record: dict[str, Any] = {}
+    if "model" in found:  # ours, where it has a record of its training
+        names = ("alpha", "resize", "padding", "norm_eps", "preprocessing")
+        if isinstance(config, dict):
+            record = {name: config[name] for name in names if config.get(name) is not None}
+            record["source"] = "mnv2"
+        if content.get("classes") is not None:
+            record["classes"] = content["classes"]
+    return state, record, bool(averages)
+
+
+def _plain(path: str, tensors: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """``tensors`` by name, without what wrapping a network puts before its names; all of them plain floats."""
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise InputError(f"{path}: expected a tensor for every name, but {name!r} is none")
+        counter = name.endswith("num_batches_tracked") or name == "n_averaged"
+        if value.layout != torch.strided or value.is_meta or not (counter or value.is_floating_point()):
+            raise InputError(f"{path}: expected plain floats for {name}, got {value.dtype}")
+    return {_PREFIX.sub("", name): value for name, value in tensors.items() if name != "n_averaged"}
+
+
+def _read_folder(path: str) -> Content:
+    """A folder as transformers' ``save_pretrained`` writes it."""
+    found = [name for name in WEIGHTS if os.path.isfile(os.path.join(path, name))]
+    if not found:
+        raise InputError(f"{path}: expected {' or '.join(WEIGHTS)} in the folder, got neither")
+    content = read(os.path.join(path, found[0]))
+    about = _read_json(os.path.join(path, CONFIG))
+    record = _transformers_record(os.path.join(path, CONFIG), about)
+    processor = os.path.join(path, "preprocessor_config.json")
+    if os.path.exists(processor):
+        record["preprocessing"] = _transformers_preprocessing(_read_json(processor))
+    return Content(content.tensors, content.sha256, record)
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: expected JSON, got something else ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def _transformers_record(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' configuration of a MobileNetV2 says of the network.
+
+    Raises:
+        InputError: it is of another network than ours, whatever its weights look like.
+    """
+    alpha = config.get("depth_multiplier", 1.0)
+    wanted = {
+        "model_type": "mobilenet_v2",
+        "num_channels": 3,
+        "depth_divisible_by": 8,
+        "expand_ratio": 6,
+        "output_stride": 32,
+        "first_layer_is_expansion": True,
+        "hidden_act": "relu6",
+    }
+    if isinstance(alpha, int | float) and alpha < 1:  # else the head is as wide either way
+        wanted["finegrained_output"] = True
+    for name, value in wanted.items():
+        if config.get(name, value) != value:
+            raise InputError(f"{path}: expected {name} {value}, got {config[name]}")
+    record = {
+        "alpha": alpha,
+        "padding": "same" if config.get("tf_padding", True) else "symmetric",
+        "norm_eps": config.get("layer_norm_eps", 1e-3),
+        "resize": config.get("image_size", 224),
+    }
+    return record | _transformers_classes(config.get("id2label"))
+
+
+def _transformers_classes(labels: Any) -> dict[str, Any]:
+    """The classes by a model's own names, ImageNet's WordNet ids where those are its names."""
+    try:
+        names = [str(labels[str(number)]) for number in range(len(labels))]
+    except (TypeError, KeyError):
+        return {}
+    if not names or all(name == f"LABEL_{number}" for number, name in enumerate(names)):
+        return {}
+    english = [names for _, names in imagenet_classes()]
+    background = names[0].lower() == BACKGROUND
+    if len(names) == len(english) + background and names[background].partition(",")[0] == english[0].partition(",")[0]:
+        return {"classes": imagenet_orders()[BACKGROUND_FIRST if background else IMAGENET]}
+    return {"classes": names}
+
+
+def _transformers_preprocessing(processor: Mapping[str, Any]) -> str | None:
+    """The profile that normalises as ``processor`` does; None for none of ours."""
+    mean = processor.get("image_mean")
+    if mean == [0.5, 0.5, 0.5]:
+        return "tf"
+    if mean == [0.485, 0.456, 0.406]:
+        return "timm" if processor.get("resample") == 3 else "torchvision"  # PIL's number of bicubic
+    return None
