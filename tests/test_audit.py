@@ -580,16 +580,24 @@ def test_the_gpu_pipeline_builds_without_a_gpu():
     assert all(operator._op.device == "gpu" for operator in pipeline._ops if "Resize" in operator.name)
 
 
-def test_real_photographs_are_judged_as_expected(test_data, tmp_path):
-    words = ["--data_url", test_data / "imagenet_samples", "--preprocessing", "torchvision", "--device", "cpu"]
-    words += ["--pretrained", test_data / "mobilenetv2_1.0_224_real.safetensors"]
+@pytest.mark.parametrize(
+    ("resize", "right", "flips"),
+    [
+        pytest.param(224, {"top1": 170, "top5": 195}, 0, id="none is resized"),
+        pytest.param(160, {"top1": 145, "top5": 188}, 2, id="resized", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_real_photographs_are_judged_as_expected(resize, right, flips, test_data, tmp_path):
+    words = ["--data_url", test_data / "imagenet_samples", "--preprocessing", "torchvision", "--resize", resize]
+    words += ["--pretrained", test_data / "mobilenetv2_1.0_224_real.safetensors", "--device", "cpu"]
     assert audit.main([*map(str, words), "--json", str(tmp_path / "found.json")]) == 0
     result = json.loads((tmp_path / "found.json").read_text())
     assert result["pictures"] == result["labelled"] == 200
     steps = result["profiles"]["torchvision"]["steps"]
-    for step in (PIL, *STEPS):
-        assert steps[step]["right"] == {"top1": 170, "top5": 195}
-        assert steps[step]["flips"] == []
+    assert steps[PIL]["right"] == steps[ALL]["right"] == right
+    assert len(steps[ALL]["flips"]) <= flips
+    assert steps[DECODE]["flips"] == steps[NORMALISE]["flips"] == []
+    assert steps[RESIZE]["largest_levels"] <= (flips > 0)
 
 
 def test_the_module_is_a_command(monkeypatch, capsys):
