@@ -7,14 +7,13 @@ the number of its class, the numbers of the classes that the network puts first,
 from __future__ import annotations
 
 import csv
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
+from . import atomic
 from .atomic import replacing
 from .errors import InputError, RunError
 
@@ -68,14 +67,7 @@ def first_classes(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def check_place(path: str) -> None:
     """Raise InputError unless the file ``path`` can be written."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"--results: expected a file, got {path}")
-    folder = os.path.dirname(path) or "."
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"--results: can't write to {folder}: {error.strerror}") from None
+    atomic.check_place("--results", path)
 
 
 def write(path: str, pictures: Sequence[str], predictions: Predictions) -> None:
