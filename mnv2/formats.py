@@ -92,29 +92,9 @@ def onnx_packages() -> tuple[Any, Any, Any]:
 def write_onnx(exported: Exported, path: str) -> Run:
     """ONNX's standard operators, weights inside; onnxruntime runs it."""
     onnx, onnxruntime, optimizer = onnx_packages()
-    made = program(exported)
-    with _quiet():
-        converted = torch.onnx.export(
-            made,
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            opset_version=OPSET,
-            optimize=exported.fold,  # which would fold BatchNorm too, in fp32
-            verbose=False,
-        )
-    assert converted is not None
-    model: Any = converted.model
-    if not exported.fold:
-        optimizer.fold_constants(model)
-        optimizer.remove_unused_nodes(model)
-    sizes = model.graph.inputs[0].shape
-    names = {0: "batch", 2: "height", 3: "width"} if exported.dynamic_size else {0: "batch"}
-    converted.rename_axes({sizes[axis]: name for axis, name in names.items()})
-    for node in model.graph:
-        node.metadata_props.clear()  # the exporter's notes for itself
+    converted = _converted(exported, optimizer)
     for name, value in exported.about.items():
-        model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
+        converted.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
     converted.save(path, external_data=False)
     try:
         onnx.checker.check_model(path, full_check=True)
@@ -126,6 +106,32 @@ def write_onnx(exported: Exported, path: str) -> Run:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: pictures.numpy()})[0])
 
     return run
+
+
+def _converted(exported: Exported, optimizer: Any) -> Any:
+    """The program as a ``torch.onnx.ONNXProgram``, its sizes named, without the exporter's notes for itself."""
+    made = program(exported)
+    with _quiet():
+        converted: Any = torch.onnx.export(
+            made,
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=OPSET,
+            optimize=exported.fold,  # which would fold BatchNorm too, in fp32
+            verbose=False,
+        )
+    graph = converted.model.graph
+    if not exported.fold:
+        optimizer.fold_constants(converted.model)
+        optimizer.remove_unused_nodes(converted.model)
+    sizes = graph.inputs[0].shape
+    names = {0: "batch", 2: "height", 3: "width"} if exported.dynamic_size else {0: "batch"}
+    converted.rename_axes({sizes[axis]: name for axis, name in names.items()})
+    values = [value for node in graph for value in node.outputs]
+    for noted in (graph, *graph, *graph.inputs, *graph.initializers.values(), *values):
+        noted.metadata_props.clear()
+    return converted
 
 
 @contextmanager

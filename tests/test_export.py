@@ -142,7 +142,7 @@ def test_onnx_is_standard_operators_in_one_file(exported):
         assert [value.name for value in model.graph.output] == ["logits"]
         assert sizes(model.graph.output[0]) == ["batch", 4]
         assert not any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
-        assert b"/mnv2/" not in model.SerializeToString()  # no paths of this machine
+        assert b"pkg.torch" not in model.SerializeToString()  # no notes of the exporter's, with paths of this machine
     assert sizes(folded.graph.input[0]) == ["batch", 3, 36, 36]
     assert sizes(half.graph.input[0]) == ["batch", 3, "height", "width"]
     assert half.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
