@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
+from mnv2.atomic import check_place
 from mnv2.config import ValidateConfig, check_backend
 from mnv2.distributed import World, world
 from mnv2.engine import Evaluation
@@ -20,7 +21,6 @@ from mnv2.evaluation import evaluation
 from mnv2.files import check_pictures, list_pictures
 from mnv2.flags import parse
 from mnv2.precision import numerics
-from mnv2.predictions import check_place
 from mnv2.pretrained import find
 from mnv2.sweep import Row, table, variants
 
@@ -28,7 +28,7 @@ from mnv2.sweep import Row, table, variants
 def validate(config: ValidateConfig, world: World) -> Evaluation:
     """Evaluate as ``config`` says, and print what came out."""
     if config.results and world.rank == 0:
-        check_place(config.results)
+        check_place("--results", config.results)
     pictures = None if config.synthetic else list_pictures(config.data_url, "val", config.val_labels)
     return evaluation(config, world, pictures, find(config, world))
 

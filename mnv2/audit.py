@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import audit_report, pil_pictures
+from .atomic import check_place
 from .audit_result import ALL, Audit
 from .audit_steps import Made, Opened, Steps
 from .caption import require_pillow
@@ -37,7 +38,6 @@ from .flags import option, parse, parse_pretrained
 from .labels import class_index, class_names, read_labels
 from .logs import versions, with_progress
 from .precision import autocast, input_dtype, numerics
-from .predictions import check_place
 from .pretrained import find, follow, serving
 from .weights import Weights
 
@@ -275,7 +275,7 @@ def audit(config: AuditConfig, here: World) -> Audit:
         raise InputError(f"expected one process, got {here.size}")
     require_pillow("the comparison with PIL")
     if config.json is not None:
-        check_place(config.json, "--json")
+        check_place("--json", config.json)
     listing = list_pictures(config)
     weights = find(config, here)
     config = follow(config, weights, None if config.preprocessing == EVERY else here.print)

@@ -8,9 +8,9 @@ in fp64, then rounded once to the type of the network.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,15 @@ class Certificate:
         return "\n".join(lines)
 
 
+class Convolution(NamedTuple):
+    """A convolution of a trained network and the BatchNorm behind it; ``weight`` and ``bias`` are both, in fp64."""
+
+    conv: Any
+    norm: Any
+    weight: Tensor
+    bias: Tensor
+
+
 @torch.no_grad()
 def fold(model: MobileNetV2, dtype: torch.dtype | None = None, *, check: Tensor | None = None) -> InferenceNetwork:
     """The inference network of a trained one, with its backend, padding and device. ``model`` stays as it is.
@@ -65,25 +74,19 @@ def fold(model: MobileNetV2, dtype: torch.dtype | None = None, *, check: Tensor 
             ``dtype`` is none of the three.
         ValueError: a BatchNorm has no running statistics, or a weight leaves the range of ``dtype``.
     """
-    if not isinstance(model, MobileNetV2):
-        raise TypeError(f"model: expected a MobileNetV2, got {type(model).__name__}")
+    features, linear = convolutions(model), classifier_of(model)
     if dtype is None:
         dtype = next(model.parameters()).dtype
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    linear = _classifier(model)
-    *features, classifier = layer_shapes(model.alpha, num_classes=linear.out_features)
-    if len(model.features) != len(features):
-        raise TypeError(f"model: expected {len(features)} features, got {len(model.features)}")
     tensors: dict[str, Tensor] = {"classifier.weight": linear.weight, "classifier.bias": linear.bias}
-    for shape, module in zip(features, model.features, strict=True):
+    for shape, parts in features:
         if shape.kind == "block":
-            folded = _fold_block(module, shape.name, dtype)
+            folded = _packed(parts, shape.name, dtype)
         else:
-            folded = _folded(module, shape.name, relu6=True)
-            _check_geometry(module, shape, model.padding)
+            folded = {"weight": parts[0].weight, "bias": parts[0].bias}
         tensors |= {f"{shape.name}.{name}": tensor for name, tensor in folded.items()}
-    layers = (*features, classifier)
+    layers = layer_shapes(model.alpha, num_classes=linear.out_features)
     wanted = {name: kind for layer in layers for name, (_, kind) in expected_tensors(layer, dtype).items()}
     network = build(
         {name: tensor.detach().to(wanted[name], copy=True) for name, tensor in tensors.items()},
@@ -93,15 +96,37 @@ def fold(model: MobileNetV2, dtype: torch.dtype | None = None, *, check: Tensor 
         backend=model.backend,
         dtype=dtype,
     )
-    for name, tensor in network.state_dict().items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name}: expected finite numbers in the range of {tensor.dtype} once folded, got others")
+    check_finite(network.state_dict())
     if check is not None:
         network.certificate = certify(network, model, check)
     return network
 
 
-def _classifier(model: MobileNetV2) -> nn.Linear:
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, by name, where rounding has left a number in ``state`` that isn't finite."""
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: expected finite numbers in the range of {tensor.dtype}, got others")
+
+
+def convolutions(model: MobileNetV2) -> list[tuple[LayerShape, list[Convolution]]]:
+    """Stem, blocks and head in order, each with its convolutions: one, or a block's two or three.
+
+    Raises:
+        TypeError, ValueError: as ``fold``.
+    """
+    if not isinstance(model, MobileNetV2):
+        raise TypeError(f"model: expected a MobileNetV2, got {type(model).__name__}")
+    *features, _ = layer_shapes(model.alpha)
+    if len(model.features) != len(features):
+        raise TypeError(f"model: expected {len(features)} features, got {len(model.features)}")
+    return [
+        (shape, _of_layer(module, shape, model.padding)) for shape, module in zip(features, model.features, strict=True)
+    ]
+
+
+def classifier_of(model: MobileNetV2) -> nn.Linear:
+    """The classifier's product of matrices; TypeError where there is more to it."""
     layers: list[Any] = list(model.classifier) if isinstance(model.classifier, nn.Sequential) else [model.classifier]
     linear = layers[-1] if len(layers) in (1, 2) else None
     dropped = all(isinstance(layer, nn.Dropout | nn.Identity) for layer in layers[:-1])
@@ -118,17 +143,24 @@ def _check_geometry(layers: Any, shape: LayerShape, padding: str) -> None:
         raise TypeError(f"model: expected stride {shape.stride} and {padding} padding in {shape.name}, got {conv}")
 
 
-def _fold_block(block: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    if not isinstance(block, InvertedResidual):
-        raise TypeError(f"model: expected InvertedResidual as {name}, got {type(block).__name__}")
-    *normed, last, norm = block.conv
-    convolutions: list[Any] = [*normed, (last, norm)]
-    folded = [
-        _folded(layers, f"{name}.conv.{index}", relu6=layers is not convolutions[-1])
-        for index, layers in enumerate(convolutions)
+def _of_layer(module: nn.Module, shape: LayerShape, padding: str) -> list[Convolution]:
+    if shape.kind != "block":
+        parts = [_folded(module, shape.name, relu6=True)]
+        _check_geometry(module, shape, padding)
+        return parts
+    if not isinstance(module, InvertedResidual):
+        raise TypeError(f"model: expected InvertedResidual as {shape.name}, got {type(module).__name__}")
+    *normed, last, norm = module.conv
+    layers: list[Any] = [*normed, (last, norm)]
+    return [
+        _folded(part, f"{shape.name}.conv.{index}", relu6=part is not layers[-1]) for index, part in enumerate(layers)
     ]
-    expand, depthwise, project = folded if len(folded) == 3 else ({}, *folded)
-    weights: list[Any] = [part.get(kind) for part in (expand, depthwise, project) for kind in ("weight", "bias")]
+
+
+def _packed(parts: list[Convolution], name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    weights: list[Any] = [tensor for part in parts for tensor in (part.weight, part.bias)]
+    if len(parts) == 2:
+        weights = [None, None, *weights]
     try:
         packed = pack_inverted_residual(*weights, dtype=dtype)
     except ValueError as error:
@@ -136,8 +168,8 @@ def _fold_block(block: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Te
     return {field: tensor for field, tensor in packed._asdict().items() if tensor is not None}
 
 
-def _folded(layers: Any, name: str, *, relu6: bool) -> dict[str, Tensor]:
-    """Weight and bias, in fp64, of a convolution followed by BatchNorm and, if so, ReLU6."""
+def _folded(layers: Any, name: str, *, relu6: bool) -> Convolution:
+    """A convolution followed by BatchNorm and, if so, ReLU6."""
     found: list[Any] = list(layers) if isinstance(layers, nn.Sequential | tuple) else [layers]
     if len(found) != 2 + relu6:
         wanted = "a convolution, BatchNorm" + " and ReLU6" * relu6
@@ -159,7 +191,7 @@ def _folded(layers: Any, name: str, *, relu6: bool) -> dict[str, Tensor]:
     shift = -norm.running_mean.double() * scale
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()
-    return {"weight": weight * scale[:, None, None, None], "bias": shift}
+    return Convolution(conv, norm, weight * scale[:, None, None, None], shift)
 
 
 @torch.no_grad()

@@ -7,8 +7,6 @@ the number of its class, the numbers of the classes that the network puts first,
 from __future__ import annotations
 
 import csv
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -64,18 +62,6 @@ def first_classes(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return classes, logits.softmax(1).gather(1, classes)
-
-
-def check_place(path: str, argument: str = "--results") -> None:
-    """Raise InputError, in the name of ``argument``, unless the file ``path`` can be written."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{argument}: expected a file, got {path}")
-    folder = os.path.dirname(path) or "."
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"{argument}: can't write to {folder}: {error.strerror}") from None
 
 
 def write(path: str, pictures: Sequence[str], predictions: Predictions) -> None:

@@ -1,0 +1,290 @@
+"""A trained network as a file for other runtimes.
+
+    python -m mnv2.export --pretrained WEIGHTS --format onnx|torch|safetensors [--output FILE] [--fold True|False]
+
+onnx is ONNX's standard operators, and torch the .pt2 of torch.export, which loads without mnv2; both take any number of
+pictures, and with `--dynamic_size` of any size. safetensors holds the weights for mnv2 itself. Each file says what it
+holds: width, classes, padding, and how pictures are prepared. It is run once as its users will run it, beside the
+trained network in fp64, and takes its place only where both agree. `--help` lists the flags.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .atomic import check_place, replacing
+from .config import OPEN, TrainedConfig
+from .data import profile
+from .distributed import World, world
+from .errors import InputError, RunError, exit_status
+from .flags import option, parse
+from .formats import FORMATS, Exported, Run, check_format, onnx_packages
+from .labels import class_names
+from .model import MobileNetV2
+from .precision import dtype, numerics
+from .pretrained import build, find, follow
+from .weights import Weights
+
+# How far logits may be from those of the trained network in fp64, as a share of the largest. Rounding alone takes a
+# trained network to a hundredth of the first and a tenth of the second, and a wrong layer to more than either.
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2}
+
+
+@dataclass(frozen=True)
+class ExportConfig(TrainedConfig):
+    """What is exported, and how."""
+
+    format: str = option("onnx", "kind of file: ONNX, torch.export's .pt2, or safetensors", choices=tuple(FORMATS))
+    output: str | None = option(
+        None,
+        "file to write, or to replace; None for mobilenetv2_ALPHA_RESIZE and the format's extension, here, if there is "
+        "none of that name",
+        metavar="FILE",
+    )
+    fold: bool = option(True, "fold BatchNorm into the convolutions")
+    dynamic_size: bool = option(False, "pictures of any height and width in place of --resize")
+    precision: str = option("fp32", "of weights, pictures and logits", choices=("fp32", "fp16"))
+    batch_size: int = option(3, "pictures of the second batch that the file is checked with; the first has one")
+    backend: str = option("auto", "what a folded safetensors file says of how blocks run", choices=("auto", "torch"))
+    device: str = option("auto", "where the file is made and checked: the CPU", choices=("auto", "cpu"))
+
+    def __post_init__(self) -> None:
+        """Check every value that doesn't need the weights to be looked at."""
+        super().__post_init__()
+        check_format(
+            self.format,
+            padding=self.padding,
+            fold=self.fold,
+            dtype=dtype(self.precision),
+            dynamic_size=self.dynamic_size,
+            resize=self.resize,
+        )
+
+    @property
+    def place(self) -> str:
+        """Path of the file."""
+        return self.output or f"mobilenetv2_{self.alpha}_{self.resize}{FORMATS[self.format].extension}"
+
+
+class Agreement(NamedTuple):
+    """How a file's logits compare with the trained network's in fp64, on made-up pictures.
+
+    ``difference`` is the largest, ``largest`` the network's largest logit, ``tolerance`` the share of it that a
+    difference may be; ``same`` of ``pictures`` have the same class first, or one that is as likely to within it.
+    """
+
+    difference: float
+    largest: float
+    tolerance: float
+    same: int
+    pictures: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether the file is right."""
+        return self.difference <= self.tolerance * self.largest and self.same == self.pictures
+
+    def __str__(self) -> str:
+        """The figures, on one line."""
+        share = self.difference / self.largest if self.largest else self.difference
+        return (
+            f"largest difference of logits {self.difference:.2g}, {share:.2g} of the largest logit (at most "
+            f"{self.tolerance:g}), top-1 the same for {self.same} of {self.pictures}"
+        )
+
+
+@torch.no_grad()
+def export(
+    model: MobileNetV2,
+    path: str,
+    format: str = "onnx",
+    *,
+    resize: int = 224,
+    fold: bool = True,
+    dtype: torch.dtype = torch.float32,
+    dynamic_size: bool = False,
+    batch_size: int = 3,
+    about: Mapping[str, Any] | None = None,
+) -> Agreement:
+    """Write ``model``, in evaluation, to the file ``path``, and check it by running it; ``model`` stays as it is.
+
+    Args:
+        model: what has been trained, on any device.
+        path: of the file, which is replaced where it is there.
+        format: "onnx" (input ``pictures [batch, 3, H, W]``, output ``logits [batch, classes]``), "torch" (for
+            ``torch.export.load``, argument and result the same) or "safetensors" (folded for
+            ``InferenceNetwork.load``, else a state dict in torchvision's names).
+        resize: side of the pictures in pixels.
+        fold: fold BatchNorm into the convolutions, in fp64 and rounded once; else it is kept.
+        dtype: fp32 or fp16, of weights, pictures and logits.
+        dynamic_size: pictures of any size from 33 pixels a side, with symmetric padding.
+        batch_size: pictures of the second batch of the check; the first has one.
+        about: what the file tells of itself beside alpha, padding, norm_eps, resize, fold, dtype and version: any names
+            and values that JSON has.
+
+    Raises:
+        InputError: an argument is wrong, or a package is missing.
+        TypeError, ValueError: as ``mnv2.fold``: it is another network, or a weight leaves the range of ``dtype``.
+        RunError: the file can't be written, or disagrees with the network; what was there before still is.
+    """
+    if not isinstance(model, MobileNetV2):
+        raise TypeError(f"model: expected a MobileNetV2, got {type(model).__name__}")
+    check_format(format, padding=model.padding, fold=fold, dtype=dtype, dynamic_size=dynamic_size, resize=resize)
+    if format == "onnx":
+        onnx_packages()
+    model = copy.deepcopy(model).cpu().eval()
+    told = {
+        **(about or {}),
+        "alpha": model.alpha,
+        "padding": model.padding,
+        "norm_eps": model.norm_eps,
+        "resize": resize,
+        "fold": fold,
+        "dtype": str(dtype).removeprefix("torch."),
+        "mnv2_version": __version__,
+    }
+    exported = Exported(model, resize, fold, dtype, dynamic_size, told)
+    try:
+        with replacing(path) as temporary:
+            run = FORMATS[format].write(exported, temporary)
+            found = compare(run, exported, batch_size)
+            if not found.holds:
+                raise RunError(f"{path} is not written, as {FORMATS[format].runtime} runs it wrongly: {found}")
+    except OSError as error:
+        raise RunError(f"can't write {path}: {error.strerror or error}") from None
+    return found
+
+
+def compare(run: Run, exported: Exported, batch_size: int) -> Agreement:
+    """What ``run`` and the trained network in fp64 give for the same made-up pictures."""
+    exact = copy.deepcopy(exported.model).double()
+    exact.backend = "torch"
+    batches = _made_up(exported, batch_size)
+    expected = torch.cat([exact(pictures.double()) for pictures in batches])
+    got = torch.cat([run(pictures).double() for pictures in batches])
+    if got.shape != expected.shape:
+        raise RunError(f"expected logits of shape {tuple(expected.shape)}, got {tuple(got.shape)}")
+    if not expected.isfinite().all():
+        raise RunError("the network itself gives numbers that aren't finite for made-up pictures")
+    largest, tolerance = expected.abs().max().item(), TOLERANCES[exported.dtype]
+    behind = expected.amax(1) - expected.gather(1, got.argmax(1, keepdim=True)).squeeze(1)
+    return Agreement(
+        difference=(got - expected).abs().max().item(),
+        largest=largest,
+        tolerance=tolerance,
+        same=int((behind <= tolerance * largest).sum()),
+        pictures=len(expected),
+    )
+
+
+def _made_up(exported: Exported, batch_size: int) -> list[Tensor]:
+    """Batches of one and of several pictures; where any size will do one of another, the parity of its sides too."""
+    side = exported.resize
+    shapes = [(1, 3, side, side), (batch_size, 3, side, side)]
+    if exported.dynamic_size:
+        shapes.append((1, 3, side + 1, side + 17))
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(exported.dtype) for shape in shapes]
+
+
+def record(config: ExportConfig, weights: Weights) -> dict[str, Any]:
+    """What is known of the weights and their pictures, as ``config`` decided; what isn't is left out."""
+    known = weights.record() | {name: getattr(config, name) for name in OPEN}
+    known["assumed"] = [name for name in weights.assumed if known[name] == getattr(weights, name)]
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def preparation(name: str, resize: int) -> dict[str, Any]:
+    """How ``name`` makes an input of a picture: the resize, then the crop, then (pixel - mean) / std."""
+    wanted = profile(name, resize)
+    scaled = {"mean": wanted.mean, "std": wanted.std}
+    return {
+        "layout": "NCHW",
+        "channels": "RGB",
+        "resize_short_side_to": wanted.shorter,
+        "resize_filter": "bicubic" if wanted.cubic else "bilinear",
+        "resize_antialias": True,
+        "centre_crop": wanted.resize,
+        **{f"{kind}_of_pixels_0_to_255": [round(value, 6) for value in values] for kind, values in scaled.items()},
+        **{f"{kind}_of_pixels_0_to_1": [round(value / 255, 6) for value in values] for kind, values in scaled.items()},
+    }
+
+
+def check_output(config: ExportConfig, weights: Weights) -> None:
+    """Raise InputError where the file can't be written, or another would be lost unasked."""
+    check_place("--output", config.place)
+    if not os.path.exists(config.place):
+        return
+    if config.output is None:
+        raise InputError(f"--output: {config.place} is there already; name it with --output to replace it")
+    if os.path.samefile(config.place, weights.path):
+        raise InputError(f"--output: expected another file than the weights' own, got {config.place}")
+
+
+def export_weights(config: ExportConfig, here: World) -> Iterator[str]:
+    """Export the weights of ``config``; gives what is to be printed."""
+    if here.size > 1:
+        raise InputError(f"expected one process, got {here.size}")
+    weights = find(config, here)
+    if weights is None:
+        raise InputError("--pretrained: expected weights, got False, which is a network that has learnt nothing")
+    config = follow(config, weights, lambda line: print(line, file=sys.stderr))
+    check_output(config, weights)
+    model = build(config, weights.num_classes, weights)
+    about = {
+        **record(config, weights),
+        "weights": os.path.basename(weights.path),
+        "class_names": class_names(weights.num_classes, weights.classes),
+        "input": preparation(str(config.preprocessing), config.resize),
+    }
+    try:
+        found = export(
+            model,
+            config.place,
+            config.format,
+            resize=config.resize,
+            fold=config.fold,
+            dtype=dtype(config.precision),
+            dynamic_size=config.dynamic_size,
+            batch_size=config.batch_size,
+            about=about,
+        )
+    except InputError:
+        raise
+    except ValueError as error:
+        raise RunError(f"can't export in {config.precision}: {error}") from None
+    kind, side = FORMATS[config.format], "any" if config.dynamic_size else config.resize
+    yield (
+        f"{config.place}: {os.path.getsize(config.place) / 2**20:.2f} MiB, {kind.content}, from {weights}, alpha "
+        f"{model.alpha}, {weights.num_classes} classes, pictures [batch, 3, {side}, {side}], {config.precision}, "
+        f"BatchNorm {'folded' if config.fold else 'kept'}"
+    )
+    yield (
+        f"run by {kind.runtime} beside the trained network in fp64, on made-up pictures, batches of 1 and "
+        f"{config.batch_size}: {found}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    config = parse(ExportConfig, argv, "A trained network as a file for other runtimes.", program="mnv2.export")
+
+    def action() -> None:
+        with numerics(config.deterministic), world("cpu") as here:
+            for line in export_weights(config, here):
+                print(line, flush=True)
+
+    return exit_status("mnv2.export", action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
