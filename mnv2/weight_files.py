@@ -6,6 +6,7 @@ folders of transformers. Nothing that a file holds is run.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import pickle
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,10 +29,11 @@ from .layouts import KERAS, MINDSPORE, Layout
 FORMAT = "mnv2 weights, 1"
 FOLDED = "mnv2 inference network"
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
+_MEAN = [0.485, 0.456, 0.406]  # ImageNet's
 # Where others' checkpoints keep the weights, those of an average first where one is asked for.
 _AVERAGES = ("ema", "state_dict_ema", "model_ema")
 _PLAIN = ("model", "state_dict", "model_state_dict")
-_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DataParallel, DDP and torch.compile
+_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")  # of DataParallel and DDP, torch.compile, Lightning
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,15 @@ def _read_mindspore(path: str) -> dict[str, Tensor]:
 
 def _read_torch(path: str) -> Any:
     try:
-        with open(path, "rb") as file:  # by its name torch would take some files for others
+        with (
+            open(path, "rb") as file,  # by its name torch would take some files for others
+            torch.serialization.safe_globals([argparse.Namespace]),  # flags, beside the weights in many checkpoints
+        ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise InputError(f"{path} is no file of plain weights (nothing in it was run)") from None
+        raise InputError(
+            f"{path} is no file of plain weights (nothing in it was run): expected a state dict, or safetensors"
+        ) from None
 
 
 def _unwrapped(path: str, content: Any, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
@@ -156,17 +163,19 @@ def _plain(path: str, tensors: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _read_folder(path: str) -> Content:
-    """A folder as transformers' ``save_pretrained`` writes it."""
+    """A folder as transformers' ``save_pretrained`` writes it, or timm's ``save_for_hf``."""
     found = [name for name in WEIGHTS if os.path.isfile(os.path.join(path, name))]
     if not found:
         raise InputError(f"{path}: expected {' or '.join(WEIGHTS)} in the folder, got neither")
     content = read(os.path.join(path, found[0]))
     about = _read_json(os.path.join(path, CONFIG))
+    if "architecture" in about:
+        return replace(content, record=_timm_record(about))
     record = _transformers_record(os.path.join(path, CONFIG), about)
     processor = os.path.join(path, "preprocessor_config.json")
     if os.path.exists(processor):
         record["preprocessing"] = _transformers_preprocessing(_read_json(processor))
-    return Content(content.tensors, content.sha256, record)
+    return replace(content, record=record)
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -201,8 +210,9 @@ def _transformers_record(path: str, config: Mapping[str, Any]) -> dict[str, Any]
     if isinstance(alpha, int | float) and alpha < 1:  # else the head is as wide either way
         wanted["finegrained_output"] = True
     for name, value in wanted.items():
-        if config.get(name, value) != value:
-            raise InputError(f"{path}: expected {name} {value}, got {config[name]}")
+        got = config.get(name, None if name == "model_type" else value)
+        if got != value:
+            raise InputError(f"{path}: expected {name} {value}, got {got}")
     record = {
         "alpha": alpha,
         "padding": "same" if config.get("tf_padding", True) else "symmetric",
@@ -227,11 +237,20 @@ def _transformers_classes(labels: Any) -> dict[str, Any]:
     return {"classes": names}
 
 
+def _timm_record(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's configuration says beside the weights: how pictures are prepared, and the classes' names."""
+    pretrained = config.get("pretrained_cfg")
+    about = pretrained if isinstance(pretrained, dict) else {}
+    usual = (about.get("mean"), about.get("crop_pct"), about.get("interpolation")) == (_MEAN, 0.875, "bicubic")
+    names = config.get("label_names")
+    return {"preprocessing": "timm" if usual or not about else None} | ({"classes": names} if names else {})
+
+
 def _transformers_preprocessing(processor: Mapping[str, Any]) -> str | None:
     """The profile that normalises as ``processor`` does; None for none of ours."""
     mean = processor.get("image_mean")
     if mean == [0.5, 0.5, 0.5]:
         return "tf"
-    if mean == [0.485, 0.456, 0.406]:
+    if mean == _MEAN:
         return "timm" if processor.get("resample") == 3 else "torchvision"  # PIL's number of bicubic
     return None

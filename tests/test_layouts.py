@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -224,6 +225,7 @@ def test_a_bare_file_of_that_layout_is_taken_as_googles_and_says_so(model, tmp_p
         ({"output_stride": 16}, "expected output_stride 32, got 16"),
         ({"finegrained_output": False}, "expected finegrained_output True, got False"),
         ({"model_type": "mobilenet_v1"}, "expected model_type mobilenet_v2, got mobilenet_v1"),
+        ("{}", "expected model_type mobilenet_v2, got None"),
         ({"hidden_act": "silu"}, "expected hidden_act relu6, got silu"),
         ({"first_layer_is_expansion": False}, "expected first_layer_is_expansion True"),
         ({"depth_multiplier": "wide"}, "expected a number over 0, at most 100 as its record of alpha, got wide"),
@@ -237,6 +239,30 @@ def test_folders_of_other_networks_are_refused(model, tmp_path, change, words):
     path = write_folder(tmp_path / "a", model.state_dict(), change if isinstance(change, str) else {**CONFIG, **change})
     with pytest.raises(InputError, match=words):
         read(path)
+
+
+@pytest.mark.parametrize(("interpolation", "profile"), [("bicubic", "timm"), ("bilinear", None)])
+def test_a_folder_of_timm_is_none_of_transformers(model, tmp_path, interpolation, profile):
+    pretrained = {"mean": [0.485, 0.456, 0.406], "crop_pct": 0.875, "interpolation": interpolation}
+    config = {"architecture": "mobilenetv2_035", "pretrained_cfg": pretrained, "label_names": ["a", "b", "c", "d"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(in_layout(model.state_dict(), "timm"), tmp_path / "model.safetensors")
+    found = read(str(tmp_path))
+    assert (found.source, found.padding, found.norm_eps) == ("timm", "symmetric", 1e-5)
+    assert (found.preprocessing, found.classes) == (profile, ["a", "b", "c", "d"])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model."])
+def test_checkpoints_of_training_are_taken_with_their_flags(model, tmp_path, prefix):
+    """As timm, torchvision's references and Lightning write them; flags are an argparse.Namespace."""
+    state = {prefix + name: tensor for name, tensor in in_layout(model.state_dict(), "timm").items()}
+    average = {name: tensor + 1 for name, tensor in state.items()} | {"n_averaged": torch.tensor(3)}
+    content = {"state_dict": state, "state_dict_ema": average, "args": argparse.Namespace(lr=0.1), "epoch": 3}
+    torch.save(content, tmp_path / "x")
+    for ema in (False, True):
+        found = read(str(tmp_path / "x"), ema=ema)
+        assert found.averaged == ema
+        assert torch.equal(found.state["classifier.1.bias"], model.classifier[1].bias + ema)
 
 
 def test_a_folder_without_its_configuration_is_refused(model, tmp_path):

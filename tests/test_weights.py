@@ -173,7 +173,7 @@ def test_true_looks_into_the_weights_folder(model, tmp_path, monkeypatch):
     theirs, own = tmp_path / "mobilenet_v2_0.35_96", tmp_path / "mobilenetv2_0.35_96.safetensors"
     theirs.mkdir()
     save_file(in_layout(model.state_dict(), "transformers"), theirs / "model.safetensors")
-    (theirs / "config.json").write_text('{"depth_multiplier": 0.35}')
+    (theirs / "config.json").write_text('{"model_type": "mobilenet_v2", "depth_multiplier": 0.35}')
     assert find(wanted).source == "transformers"
     save_file(contiguous(model), own)
     assert find(wanted).path == str(own)
