@@ -62,16 +62,20 @@ def follow(config: ConfigT, weights: Weights | None, say: Callable[[str], None] 
 
     ``say`` is given a line for each decision of the user that isn't the weights' own.
     """
-    known = weights.record() if weights is not None else {}
+    if weights is None:
+        return replace(config, **{name: value for name, value in OPEN.items() if getattr(config, name) is None})
     decided: dict[str, Any] = {}
     for name, usual in OPEN.items():
-        asked, own = getattr(config, name), known.get(name)
+        asked, own = getattr(config, name), getattr(weights, name)
         decided[name] = next(value for value in (asked, own, usual) if value is not None)
-        if say is not None and name != "alpha" and None not in (asked, own) and asked != own:
-            say(f"--{name} {asked} is not what {known['source']}'s weights were made with ({own}): mind the accuracy")
-    trained_at = known.get("resize")
-    if say is not None and trained_at not in (None, config.resize):
-        say(f"--resize {config.resize} is not what {known['source']}'s weights were made with ({trained_at})")
+        if say is None or name == "alpha":
+            continue
+        if None not in (asked, own) and asked != own:
+            say(f"--{name} {asked} is not what {weights.source}'s weights were made with ({own}): mind the accuracy")
+        if asked is None and own is None:
+            say(f"--{name} {usual} is taken, since {weights.path} doesn't say what its network wants")
+    if say is not None and weights.resize not in (None, config.resize):
+        say(f"--resize {config.resize} is not what {weights.source}'s weights were made with ({weights.resize})")
     return replace(config, **decided)
 
 

@@ -150,6 +150,13 @@ def test_what_the_user_says_goes_and_is_told(model, tmp_path):
     assert follow(config(alpha=0.36), find(config(pretrained=path, alpha=0.36))).alpha == 0.36  # the same widths
 
 
+def test_what_nobody_says_is_told_too():
+    said = []
+    followed = follow(config(), weights.Weights("w.pth", {}, alpha=1.0, padding="same", norm_eps=1e-3), said.append)
+    assert (followed.padding, followed.preprocessing) == ("same", "reference")
+    assert said == ["--preprocessing reference is taken, since w.pth doesn't say what its network wants"]
+
+
 def test_without_weights_all_is_as_usual():
     followed = follow(config(pretrained=False), None)
     assert (followed.alpha, followed.padding, followed.norm_eps, followed.preprocessing) == tuple(OPEN.values())
