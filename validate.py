@@ -9,29 +9,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 
-import torch
-from torch import nn
-
-from mnv2 import MobileNetV2
 from mnv2.config import ValidateConfig, check_backend
-from mnv2.data import Loader, SyntheticLoader
 from mnv2.distributed import World, world
-from mnv2.engine import Evaluation, evaluate
-from mnv2.errors import RunError, exit_status
-from mnv2.files import list_pictures, prepare
+from mnv2.engine import Evaluation
+from mnv2.errors import InputError, RunError, exit_status
+from mnv2.evaluation import evaluation
+from mnv2.files import check_pictures, list_pictures
 from mnv2.flags import parse
-from mnv2.fold import fold
-from mnv2.inference import InferenceNetwork
-from mnv2.inputs import evaluation_loader
-from mnv2.logs import evaluation_lines
-from mnv2.precision import autocast, dtype, numerics
-from mnv2.predictions import FIRST, check_place, write
-from mnv2.pretrained import build, find, follow
-from mnv2.warmup import warm_up
-from mnv2.weights import Weights
+from mnv2.precision import numerics
+from mnv2.predictions import check_place
+from mnv2.pretrained import find
+from mnv2.sweep import Row, table, variants
 
 
 def validate(config: ValidateConfig, world: World) -> Evaluation:
@@ -39,55 +30,41 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
     if config.results and world.rank == 0:
         check_place(config.results)
     pictures = None if config.synthetic else list_pictures(config.data_url, "val", config.val_labels)
-    trained = find(config, world)
-    config = follow(config, trained, world.print)
-    loader: Loader | SyntheticLoader
-    classes = None
-    if pictures is None:
-        total, num_classes = config.synthetic, config.num_classes or (trained.num_classes if trained else 1000)
-        loader = SyntheticLoader(
-            total, num_classes, resize=config.resize, batch_size=config.batch_size, world=world, training=False
-        )
-    else:
-        pictures, index, num_classes = prepare(pictures, config, world, trained)
-        total = len(pictures)
-        loader = evaluation_loader(config, world, pictures, index)
-        classes = index.names(num_classes) if config.per_class else None
-    network = make_network(config, world, trained, num_classes)
-    keep = min(FIRST, num_classes) if config.results or config.per_class else 0
-    with autocast(config.precision, world.device):
-        result = evaluate(network, loader, total, world, config.smooth_factor, keep=keep)
-    if config.results and world.rank == 0:
-        assert pictures is not None
-        assert result.predictions is not None
-        write(config.results, pictures.paths_below(), result.predictions)
-    world.print(evaluation_lines(result, config.smooth_factor, classes))
-    return result
+    return evaluation(config, world, pictures, find(config, world))
 
 
-def make_network(config: ValidateConfig, world: World, trained: Weights | None, num_classes: int) -> nn.Module:
-    """The network on its device, with its weights, folded and compiled as ``config`` says."""
-    torch.manual_seed(config.seed)
-    model = build(config, num_classes, trained)
-    world.print(
-        f"alpha {config.alpha}, {config.resize} px, {num_classes} classes, preprocessing {config.preprocessing}, "
-        f"weights: {trained.about() if trained else 'none, the network has learnt nothing'}"
-    )
-    model = model.to(world.device).eval()
-    shape, kind = (config.batch_size, config.resize), dtype(config.precision)
-    network = folded(model, kind) if config.fold else None
-    if config.explain:
-        world.print(model.explain(*shape, kind) if network is None else network.explain(*shape))
-    warm_up(partial(model.warmup, *shape, kind) if network is None else partial(network.warmup, *shape), world)
-    return model if network is None else network
+def sweep(config: ValidateConfig, world: World) -> None:
+    """Evaluate each variant that ``--sweep`` names on the same pictures, and print a table of them.
 
+    A variant without weights has a line that says so.
 
-def folded(model: MobileNetV2, kind: torch.dtype) -> InferenceNetwork:
-    """The network with BatchNorm folded, in the precision asked for."""
-    try:
-        return fold(model, kind)
-    except ValueError as error:
-        raise RunError(f"can't fold BatchNorm (--fold false goes without): {error}") from None
+    Raises:
+        InputError: one that is named has no weights, or where none is named, none has.
+    """
+    chosen = variants(config.sweep or ())
+    pictures = None
+    if not config.synthetic:
+        pictures = list_pictures(config.data_url, "val", config.val_labels)
+        pictures = check_pictures(pictures, config.bad_files, world)
+    rows = []
+    for alpha, resize in chosen:
+        row, one = Row(alpha, resize), replace(config, alpha=alpha, resize=resize)
+        world.print(f"\n{row.name}")
+        try:
+            weights, problem = find(one, world), ""
+        except InputError as error:
+            weights, problem = None, str(error)
+        if problem := next(filter(None, world.gather(problem)), ""):  # all go on alike
+            world.print(problem)
+            rows.append(row)
+        else:
+            rows.append(replace(row, weights=weights, result=evaluation(one, world, pictures, weights)))
+    world.print(f"\n{table(rows)}")
+    missing = [row.name for row in rows if row.result is None]
+    if config.sweep and missing:
+        raise InputError(f"--sweep: expected weights of every variant named, got none of {', '.join(missing)}")
+    if len(missing) == len(rows):
+        raise InputError("--sweep: expected weights of one variant at least, got none")
 
 
 def check_accuracy(config: ValidateConfig, result: Evaluation) -> None:
@@ -110,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def action() -> None:
         with numerics(config.deterministic), world(config.device, config.run_distribute) as here:
             check_backend(config.backend, here.device)
+            if config.sweep is not None:
+                return sweep(config, here)
             result = validate(config, here)
         if here.rank == 0:  # all have parted, so that no other tells it again
             check_accuracy(config, result)

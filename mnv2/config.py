@@ -269,6 +269,13 @@ class ValidateConfig(TrainedConfig, RunConfig):
     per_class: bool = option(False, "print the accuracy of each class too, the worst first")
     expect: float | None = option(None, "share of right pictures (top-1); exit with 1 at another one")
     tolerance: float = option(0.0, "by how much it may differ from --expect")
+    sweep: tuple[str, ...] | None = option(
+        None,
+        "evaluate these variants, such as 0.75_192, in place of --alpha and --resize, and print a table of them; all "
+        "22 that are published where none is named",
+        nargs="*",
+        metavar="VARIANT",
+    )
 
     def __post_init__(self) -> None:
         """Check every value that doesn't need the data to be looked at."""
@@ -277,6 +284,9 @@ class ValidateConfig(TrainedConfig, RunConfig):
             _require(
                 self, name, lambda value: not (value and self.synthetic), "none with --synthetic, which has no files"
             )
+        if self.sweep is not None:
+            for name in ("results", "per_class", "expect"):
+                _require(self, name, lambda value: value in (None, False), "none with --sweep")
         _require(self, "expect", lambda value: value is None or 0 <= value <= 1, "a share from 0 to 1")
         _require(self, "tolerance", lambda value: 0 <= value <= 1, "a share from 0 to 1")
 

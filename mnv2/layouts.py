@@ -1,7 +1,8 @@
 """What other libraries call the tensors of MobileNetV2, and what their networks are beside the tensors.
 
-A layout is known by its names alone. The networks have the same layers in the same order, so that each layout is told
-by the names of its convolutions and norms, block by block, and by what its norms' and convolutions' tensors are called.
+A layout is known by its names alone, or by its files where these are its own. The networks have the same layers in the
+same order, so that a layout is told by the names of its convolutions and norms, block by block, and by what the tensors
+of these are called.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .labels import BACKGROUND_FIRST
+from . import keras_file, mindspore_file
+from .labels import BACKGROUND_FIRST, LAST_UNUSED
 from .model import BLOCKS
 
 Pair = tuple[str, str]  # names of a convolution and of its norm
@@ -21,31 +23,33 @@ _TORCH = {leaf: leaf for leaf in ("weight", "bias", "running_mean", "running_var
 class Layout:
     """The names of one library, and what is taken of its networks where a file doesn't say.
 
-    ``modules`` are its modules by torchvision's names, ``leaves`` its tensors of a module likewise. ``of_1001`` is the
-    order that 1001 outputs have, one of ``labels.imagenet_orders``, or None where it isn't known.
+    ``modules`` are its modules by torchvision's names, ``leaves`` its tensors of a module likewise; where its names
+    have had several rules, ``rename`` follows these instead. ``of_1001`` is the order that 1001 outputs have, one of
+    ``labels.imagenet_orders``, or None where it isn't known.
     """
 
     source: str
-    modules: Mapping[str, str]
+    modules: Mapping[str, str] = field(default_factory=dict)
     padding: str = "symmetric"
     norm_eps: float = 1e-5
     preprocessing: str = "torchvision"
     of_1001: str | None = None
     leaves: Mapping[str, str] = field(default_factory=lambda: _TORCH)
+    rename: Callable[[str], str | None] | None = None
 
     def torchvision_name(self, name: str) -> str | None:
-        """Torchvision's name of the tensor that this layout calls ``name``; None where it has no such tensor."""
+        """Torchvision's name of the tensor ``name``: ``name`` where it isn't known, None where it is no weight."""
+        if self.rename is not None:
+            return self.rename(name)
         module, _, leaf = name.rpartition(".")
-        if module not in self.modules or leaf not in self.leaves:
-            return None
-        return f"{self.modules[module]}.{self.leaves[leaf]}"
+        return f"{self.modules[module]}.{self.leaves[leaf]}" if module in self.modules and leaf in self.leaves else name
 
     def own_name(self, name: str) -> str:
-        """What this layout calls the tensor ``name`` of torchvision."""
+        """What this layout calls the tensor ``name`` of torchvision, whose name stands where several rules apply."""
         module, _, leaf = name.rpartition(".")
         own = {ours: theirs for theirs, ours in reversed(list(self.modules.items()))}
         leaves = {ours: theirs for theirs, ours in reversed(list(self.leaves.items()))}
-        return f"{own[module]}.{leaves.get(leaf, leaf)}"
+        return f"{own[module]}.{leaves[leaf]}" if self.rename is None else name
 
 
 def layout_of(names: Sequence[str]) -> Layout | None:
@@ -113,6 +117,9 @@ def _transformers_block(number: int) -> list[Pair]:
 
 
 TORCHVISION = Layout("torchvision", _modules(_STEM, _torchvision_block, _HEAD, _CLASSIFIER))
+KERAS = Layout("keras", rename=keras_file.torchvision_name, padding="same", norm_eps=1e-3, preprocessing="tf")
+MINDSPORE = Layout("mindspore", rename=mindspore_file.torchvision_name, preprocessing="reference", of_1001=LAST_UNUSED)
+# Known by their tensors' names; the others by their files.
 LAYOUTS = (
     TORCHVISION,
     Layout("tonylins", _modules(_STEM, _flat_block, _HEAD, "classifier", "classifier.1")),

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from .config import OPEN, NetworkConfig
 from .distributed import World
 from .download import DownloadError, fetch, find_file, offline_message, weights_folder
-from .errors import InputError
+from .errors import InputError, RunError
 from .model import MobileNetV2
-from .registry import SOURCES, sources
+from .registry import SOURCES, by_file_name, sources
 from .weights import Weights, read, widths
 
 ConfigT = TypeVar("ConfigT", bound=NetworkConfig)
@@ -49,6 +49,9 @@ def follow(config: ConfigT, weights: Weights | None, say: Callable[[str], None] 
         decided[name] = next(value for value in (asked, own, usual) if value is not None)
         if say is not None and name != "alpha" and None not in (asked, own) and asked != own:
             say(f"--{name} {asked} is not what {known['source']}'s weights were made with ({own}): mind the accuracy")
+    trained_at = known.get("resize")
+    if say is not None and trained_at not in (None, config.resize):
+        say(f"--resize {config.resize} is not what {known['source']}'s weights were made with ({trained_at})")
     return replace(config, **decided)
 
 
@@ -56,19 +59,21 @@ def find(config: NetworkConfig, world: World = ALONE) -> Weights | None:
     """The weights that ``--pretrained`` asks for.
 
     None for False; a file or folder by its path; for True the best that is published of ``--alpha`` and ``--resize``,
-    for the name of an origin that one's: from the weights folder, where one process of each machine of ``world`` puts
-    it, if it isn't there yet and there is a network.
+    for the name of an origin that one's, for a published file's name that file: from the weights folder, where one
+    process of each machine of ``world`` puts it, if it isn't there yet and there is a network.
 
     Raises:
         InputError: the file is missing, damaged, no weights, or of another width than ``--alpha``; nothing is there of
             the variant, and the message says what to put where.
     """
-    if config.pretrained is False:
+    asked = config.pretrained
+    if asked is False:
         return None
     try:
-        path = config.pretrained
-        if path is True or (path in ORIGINS and not os.path.exists(path)):
-            path = _published(config, world, None if path is True else path)
+        if asked is True or (not os.path.exists(asked) and (asked in ORIGINS or by_file_name(asked))):
+            path = _published(config, world)
+        else:
+            path = str(asked)
         weights = read(path, ema=getattr(config, "ema", True))
     except InputError as error:
         raise InputError(f"--pretrained: {error}") from None
@@ -77,28 +82,47 @@ def find(config: NetworkConfig, world: World = ALONE) -> Weights | None:
     return weights
 
 
-def _published(config: NetworkConfig, world: World, origin: str | None) -> str:
+def _published(config: NetworkConfig, world: World) -> str:
     """The path of published weights in the weights folder, in each machine's."""
-    alpha, folder = OPEN["alpha"] if config.alpha is None else config.alpha, weights_folder(config.weights_dir)
     hosts = world.gather(socket.gethostname())
-    if hosts.index(hosts[world.rank]) == world.rank and not find_file(alpha, config.resize, folder, origin):
-        _download(alpha, config.resize, folder, origin)
-    world.wait()
-    path = find_file(alpha, config.resize, folder, origin)
+    problem = None
+    if hosts.index(hosts[world.rank]) == world.rank and not _path(config):
+        problem = _download(config)
+    if problem := next(filter(None, world.gather(problem)), None):
+        raise InputError(problem)
+    path = _path(config)
     if path is None:
-        raise InputError(offline_message(alpha, config.resize, folder, "another process has put none there"))
+        raise InputError(f"what was in {weights_folder(config.weights_dir)} just now is there no longer")
     return path
 
 
-def _download(alpha: float, resize: int, folder: str, origin: str | None) -> None:
-    offered = [source for source in sources(alpha, resize) if source.conversion is None]
-    offered = [source for source in offered if origin in (None, source.origin)]
-    cause = f"{origin} publishes none that can be read" if origin else "none is published"
-    if offered:
-        try:
-            fetch(offered[0], folder)
-        except DownloadError as error:
-            cause = error.cause
-        else:
-            return
-    raise InputError(offline_message(alpha, resize, folder, cause))
+def _variant(config: NetworkConfig) -> tuple[float, int]:
+    return OPEN["alpha"] if config.alpha is None else config.alpha, config.resize
+
+
+def _path(config: NetworkConfig) -> str | None:
+    """Where the weights lie in the weights folder, if they do."""
+    folder, asked = weights_folder(config.weights_dir), config.pretrained
+    if isinstance(asked, str) and asked not in ORIGINS:
+        path = os.path.join(folder, asked)
+        return path if os.path.exists(path) else None
+    return find_file(*_variant(config), folder, asked if isinstance(asked, str) else None)
+
+
+def _download(config: NetworkConfig) -> str | None:
+    """Put what is asked for into the weights folder; what went wrong, and what to do instead."""
+    folder, asked = weights_folder(config.weights_dir), config.pretrained
+    named = by_file_name(asked) if isinstance(asked, str) else None
+    offered = [named] if named else [source for source in sources(*_variant(config)) if source.conversion is None]
+    if asked in ORIGINS:
+        offered = [source for source in offered if source.origin == asked]
+    if not offered:
+        cause = f"{asked} publishes none that can be read" if asked in ORIGINS else "none is published"
+        return offline_message(*_variant(config), folder, cause)
+    try:
+        fetch(offered[0], folder)
+    except DownloadError as error:
+        return str(error) if named else offline_message(*_variant(config), folder, error.cause)
+    except (InputError, RunError) as error:
+        return str(error)
+    return None

@@ -1,7 +1,7 @@
 """Files of weights as they are: tensors under the file's own names, and what it says of their network.
 
-Known by content, not by name: safetensors, torch's files of tensors, our checkpoints, and the folders of transformers.
-Nothing that a file holds is run.
+Known by content, not by name: safetensors, torch's files of tensors, our checkpoints, MindSpore's, Keras's, and the
+folders of transformers. Nothing that a file holds is run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from . import keras_file, mindspore_file
 from .errors import InputError
 from .labels import BACKGROUND, BACKGROUND_FIRST, IMAGENET, imagenet_classes, imagenet_orders
+from .layouts import KERAS, MINDSPORE, Layout
 
 FORMAT = "mnv2 weights, 1"
 FOLDED = "mnv2 inference network"
@@ -37,13 +39,14 @@ class Content:
     """The ``tensors`` of a file and its ``sha256``.
 
     ``record`` is what it says of the network, by the names of ``weights.Weights``; ``averaged`` whether its tensors are
-    an average that it holds beside others.
+    an average that it holds beside others; ``layout`` whose names they have, where such a file has no others.
     """
 
     tensors: Mapping[str, Tensor]
     sha256: str
     record: Mapping[str, Any] = field(default_factory=dict)
     averaged: bool = False
+    layout: Layout | None = None
 
 
 def read(path: str, *, ema: bool = True) -> Content:
@@ -55,10 +58,15 @@ def read(path: str, *, ema: bool = True) -> Content:
     if os.path.isdir(path):
         return _read_folder(path)
     start = _start(path)
+    record: Mapping[str, Any] = {}
+    averaged, layout = False, None
     try:
         if start[8:9] == b"{":  # eight bytes of length, then JSON
             tensors, record = _read_safetensors(path)
-            averaged = False
+        elif keras_file.looks_like(start):
+            tensors, layout = keras_file.read(path), KERAS
+        elif mindspore_file.looks_like(start):
+            tensors, layout = _read_mindspore(path), MINDSPORE
         else:
             tensors, record, averaged = _unwrapped(path, _read_torch(path), ema)
     except InputError:
@@ -66,7 +74,9 @@ def read(path: str, *, ema: bool = True) -> Content:
     except Exception as error:  # a damaged file can fail anywhere in its reader
         cause = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path} is damaged or no file of weights ({cause})") from None
-    return Content(_plain(path, tensors), sha256(path), record, averaged)
+    if layout is None:
+        tensors = _plain(path, tensors)
+    return Content(tensors, sha256(path), record, averaged, layout)
 
 
 def sha256(path: str) -> str:
@@ -80,7 +90,7 @@ def _start(path: str) -> bytes:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never answer
             raise InputError(f"{path}: expected a file of weights, got none")
         with open(path, "rb") as file:
-            return file.read(64)
+            return file.read(256)
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror}") from None
 
@@ -97,9 +107,20 @@ def _read_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118  # no mapping
 
 
+def _read_mindspore(path: str) -> dict[str, Tensor]:
+    """The tensors as torch has them, without those of an optimizer."""
+    tensors = {}
+    for name, tensor in mindspore_file.read(path).items():
+        ours = mindspore_file.torchvision_name(name)
+        if ours is not None:
+            tensors[name] = mindspore_file.torchvision_tensor(ours, tensor)
+    return tensors
+
+
 def _read_torch(path: str) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # by its name torch would take some files for others
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(f"{path} is no file of plain weights (nothing in it was run)") from None
 

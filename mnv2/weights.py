@@ -187,16 +187,16 @@ def read(path: str, *, ema: bool = True) -> Weights:
         InputError: it can't be read, is damaged, or isn't MobileNetV2's; the first key that doesn't fit is told.
     """
     content = weight_files.read(path, ema=ema)
-    layout = layout_of(list(content.tensors))
+    layout = content.layout or layout_of(list(content.tensors))
     if layout is None:
         names = ", ".join(list(content.tensors)[:3]) or "nothing"
         layouts = ", ".join(layout.source for layout in LAYOUTS)
         raise InputError(f"{path}: expected MobileNetV2's tensors by the names of {layouts}, got {names} ...")
-    state = _renamed(path, content.tensors, layout)
+    state, own_names = _renamed(path, content.tensors, layout)
     record = _checked_record(path, content.record, outputs=len(state[_CLASSIFIER + "weight"]))
     if record.get("alpha") is None:
         record["alpha"] = _alpha(state)
-    state = _checked(path, state, layout, record["alpha"])
+    state = _checked(path, state, own_names, layout, record["alpha"])
     weights = Weights(path, state, layout.source, sha256=content.sha256, averaged=content.averaged)
     published = by_digest(record.get("sha256") or content.sha256)
     usual = _published(published) if published else _usual(layout, weights.num_classes)
@@ -226,35 +226,42 @@ def _usual(layout: Layout, outputs: int) -> dict[str, Any]:
     return usual
 
 
-def _renamed(path: str, tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """``tensors`` by torchvision's names, in fp32."""
+def _renamed(path: str, tensors: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """``tensors`` by torchvision's names, in fp32, and their own names by these."""
     state: dict[str, Tensor] = {}
+    own_names: dict[str, str] = {}
     for name, tensor in tensors.items():
         ours = layout.torchvision_name(name)
-        if ours is None or ours in state:
-            raise InputError(f"{path} holds {name}, which MobileNetV2 in {layout.source}'s layout doesn't have")
-        state[ours] = tensor.float() if tensor.is_floating_point() else tensor
+        if ours is None:
+            continue
+        if ours in state:
+            raise InputError(f"{path} holds {name} beside {own_names[ours]}, which means the same")
+        state[ours], own_names[ours] = tensor.float() if tensor.is_floating_point() else tensor, name
     classifier = _CLASSIFIER + "weight"
-    if classifier not in state:
+    if classifier not in state or state[classifier].dim() == 0:
         raise InputError(f"{path} lacks {layout.own_name(classifier)}: expected weights with a classifier")
     if state[classifier].shape[2:] == (1, 1):  # a convolution
         state[classifier] = state[classifier].flatten(1)
-    return state
+    return state, own_names
 
 
-def _checked(path: str, state: Mapping[str, Tensor], layout: Layout, alpha: float) -> dict[str, Tensor]:
+def _checked(
+    path: str, state: Mapping[str, Tensor], own_names: Mapping[str, str], layout: Layout, alpha: float
+) -> dict[str, Tensor]:
     """``state`` in the order of the network of width ``alpha``, whose every tensor it must have."""
     with torch.device("meta"):
         wanted = MobileNetV2(alpha, max(1, len(state[_CLASSIFIER + "weight"]))).state_dict()
+    whose = f"MobileNetV2 in {layout.source}'s layout"
+    if more := [own_names[name] for name in state if name not in wanted]:
+        raise InputError(f"{path} holds {more[0]}, which {whose} doesn't have")
     checked = {}
     for name, expected in wanted.items():
-        own = layout.own_name(name)
         if name not in state:
             if not name.endswith("num_batches_tracked"):
-                raise InputError(f"{path} lacks {own}, which MobileNetV2 in {layout.source}'s layout has")
-            checked[name] = torch.zeros((), dtype=torch.int64)  # old files don't count batches
+                raise InputError(f"{path} lacks {layout.own_name(name)}, which {whose} has")
+            checked[name] = torch.zeros((), dtype=torch.int64)  # not all count batches
             continue
-        tensor = checked[name] = state[name]
+        tensor, own = state[name], own_names[name]
         if tensor.shape != expected.shape:
             shape, alike = tuple(tensor.shape), sorted(tensor.shape) == sorted(expected.shape)
             raise InputError(
@@ -263,6 +270,7 @@ def _checked(path: str, state: Mapping[str, Tensor], layout: Layout, alpha: floa
             )
         if not tensor.isfinite().all() or (name.endswith("running_var") and tensor.min() < 0):
             raise InputError(f"{path} holds {own} with numbers that aren't finite, or variances under 0")
+        checked[name] = tensor
     return checked
 
 

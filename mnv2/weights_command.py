@@ -12,7 +12,7 @@ from kernels.common import PADDINGS
 
 from .errors import InputError, exit_status
 from .flags import option, parse
-from .registry import listing
+from .registry import by_digest, listing
 from .weights import Weights, classes_in_words, read
 
 PROGRAM = "mnv2.weights"
@@ -66,6 +66,11 @@ def described(weights: Weights) -> str:
         origin("preprocessing"): weights.preprocessing,
         "resize": weights.resize,
     }
+    source = by_digest(weights.sha256) if weights.sha256 else None
+    if source is not None:
+        rows["published"] = (
+            f"{source.name}, top-1 {source.accuracy.top1}%, top-5 {source.accuracy.top5}% ({source.page})"
+        )
     lines = [f"{name:22} {'not recorded' if value is None else value}" for name, value in rows.items()]
     if weights.assumed:
         lines.append("usual: not told by the file, and taken as networks with this layout have it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from pathlib import Path
 
@@ -75,3 +76,8 @@ def in_layout(state, source):
     """``state`` by the names of the layout called ``source``."""
     layout = next(layout for layout in LAYOUTS if layout.source == source)
     return {layout.own_name(name): tensor.contiguous() for name, tensor in state.items()}
+
+
+def steady(output: str) -> list[str]:
+    """The lines of an evaluation without its speed."""
+    return [re.sub(r", [\d.]+ pictures a second", "", line) for line in output.splitlines()]

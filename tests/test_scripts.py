@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import ROOT, finish, fork, popen, run, start
-from samples import photo, save_weights, settled, write_photos
+from samples import photo, save_weights, settled, steady, write_photos
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
@@ -31,11 +31,6 @@ from mnv2.files import list_pictures
 from mnv2.logs import evaluation_lines, with_progress
 
 SMALL = ["--alpha", "0.35", "--resize", "32"]
-
-
-def steady(output: str) -> list[str]:
-    """The lines of an evaluation without its speed."""
-    return [re.sub(r", [\d.]+ pictures a second", "", line) for line in output.splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -180,6 +180,10 @@ def test_true_looks_into_the_weights_folder(model, tmp_path, monkeypatch):
     assert find(replace(wanted, pretrained="transformers")).path == str(theirs)
     with pytest.raises(InputError, match=r"timm publishes none that can be read\); put there"):
         find(replace(wanted, pretrained="timm"))
+    with pytest.raises(InputError, match=f"can't download .*; put it by hand at {tmp_path}/mobilenet_v2-7ebf99e0.pth$"):
+        find(replace(wanted, pretrained="mobilenet_v2-7ebf99e0.pth"))
+    with pytest.raises(InputError, match=r"mobilenet_v2_1.0_192.tgz must be converted first, by .*transformers"):
+        find(replace(wanted, pretrained="mobilenet_v2_1.0_192.tgz"))
 
     assert find(config(pretrained=False)) is None
     assert find(config(pretrained=str(own))).alpha == 0.35
@@ -203,6 +207,9 @@ def test_what_is_missing_is_downloaded_once_a_machine(model, tmp_path, monkeypat
     with pytest.raises(InputError, match="got 0.5"):
         find(wanted)
     assert len(fetched) == 1
+    name = "mobilenet_v2-7ebf99e0.pth"
+    assert find(config(pretrained=name, weights_dir=str(tmp_path))).path == str(tmp_path / name)
+    assert fetched[1:] == [name]
 
 
 def test_a_published_file_is_known_again(model, tmp_path, monkeypatch):
