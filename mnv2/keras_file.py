@@ -8,11 +8,12 @@ write beside them, aren't read: they are texts of variable length, with which a 
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -55,15 +56,20 @@ def read(path: str) -> dict[str, Tensor]:
         raise InputError(f"Keras's files need h5py ({error}): pip install 'mnv2[keras]'") from None
     size = os.path.getsize(path)
     try:
-        with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):
-                return _tensors(h5py.File(file, "r"), size)
-            archive = zipfile.ZipFile(file)
-            if archive.getinfo(_ARCHIVED).file_size > size:
-                raise ValueError("its weights are compressed")
-            return _tensors(h5py.File(archive.open(_ARCHIVED), "r"), size)
+        with open(path, "rb") as file, h5py.File(_weights(file, size), "r") as content:
+            return _tensors(content, size)
     except Exception as error:  # a damaged file can fail anywhere in its reader
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _weights(file: BinaryIO, size: int) -> BinaryIO:
+    """The HDF5 file that ``file`` of ``size`` bytes is or has in it."""
+    if not zipfile.is_zipfile(file):
+        return file
+    archive = zipfile.ZipFile(file)
+    if archive.getinfo(_ARCHIVED).file_size > size:
+        raise ValueError("its weights are compressed")
+    return io.BytesIO(archive.read(_ARCHIVED))
 
 
 def _tensors(file: Any, left: int) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -130,10 +131,18 @@ def write(peer: Peer, variant: Variant, container: str, folder: Path, seed: int 
         path.write_bytes(mindspore_bytes.checkpoint(arrays.items()))
     elif container.endswith(".h5"):
         _write_h5(peer, arrays, container, path)
+    elif container == ".keras":
+        inner = folder / "model.weights.h5"
+        _write_h5(peer, arrays, ".weights.h5", inner)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("metadata.json", json.dumps({"keras_version": peer.versions["keras"]}))
+            archive.write(inner, inner.name)
     else:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if container == ".pth":
             torch.save(tensors, path)
+        elif container == ".safetensors":
+            save_file(tensors, path)
         else:
             path.mkdir()
             save_file(tensors, path / "model.safetensors", {"format": "pt"})
