@@ -64,7 +64,9 @@ def read(path: str) -> dict[str, Tensor]:
 
 def _weights(file: BinaryIO, size: int) -> BinaryIO:
     """The HDF5 file that ``file`` of ``size`` bytes is or has in it."""
-    if not zipfile.is_zipfile(file):
+    archived = file.read(len(_ARCHIVE_START)) == _ARCHIVE_START
+    file.seek(0)
+    if not archived:
         return file
     archive = zipfile.ZipFile(file)
     if archive.getinfo(_ARCHIVED).file_size > size:
@@ -132,11 +134,13 @@ def _name(place: tuple[str, ...]) -> str:
 
 def _counted_name(counted: str, variable: str) -> str:
     """Layer and variable by their places in the network, as the ``counted`` one of a class, "conv2d_3", and "0"."""
-    kind, _, count = re.sub(r"_(\d{1,3})$", r"/\1", counted).partition("/")
+    kind, _, count = counted.rpartition("_")
+    if not count.isdecimal():  # the first one
+        kind, count = counted, "0"
     variables = dict(zip("0123", _VARIABLES.get(kind, ()), strict=False))
     if variable not in variables:
         return f"{counted}/{variable}"
-    return f"{dict(enumerate(_layers(kind))).get(int(count or 0), counted)}/{variables[variable]}"
+    return f"{dict(enumerate(_layers(kind))).get(int(count), counted)}/{variables[variable]}"
 
 
 def _layers(kind: str) -> list[str]:
