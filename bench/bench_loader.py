@@ -38,6 +38,7 @@ from PIL import Image
 
 from bench.pictures import photograph
 from bench.timing import Call, ratio_of, significant
+from mnv2 import pil_pictures
 from mnv2.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -83,25 +84,12 @@ class PilDataset(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, number):
-        picture = opened(self.paths[number])
+        picture = pil_pictures.opened(self.paths[number])
         if isinstance(self.transform, Profile):
-            picture = centre(picture, self.transform)
+            picture = pil_pictures.centre(picture, self.transform)
         else:
             picture = random_crop(picture, self.transform)
         return (np.asarray(picture, np.float32) - self.mean) / self.std, number
-
-
-def opened(path: str) -> Image.Image:
-    with Image.open(path) as file:
-        return file.convert("RGB")
-
-
-def centre(picture, transform):
-    short, crop = min(picture.size), transform.resize
-    sides = [side * transform.shorter // short for side in picture.size]
-    picture = picture.resize(sides, Image.Resampling.BILINEAR)
-    left, top = (round((side - crop) / 2) for side in sides)
-    return picture.crop((left, top, left + crop, top + crop))
 
 
 def random_crop(picture, transform):
@@ -206,7 +194,7 @@ def test_stages(kind, paths, benchmark, side_by_side, record):
         "our decode": lambda: run_pipeline(decoding_pipeline, paths, transform),
         "pil": lambda: epoch(pil_loader, paths, transform),
         "pil data set": lambda: [dataset[number] for number in range(len(paths))],
-        "pil decode": lambda: [opened(path) for path in paths],
+        "pil decode": lambda: [pil_pictures.opened(path) for path in paths],
     }
     cpu = side_by_side(calls, ROUNDS, cpu_clock)
     stages = {

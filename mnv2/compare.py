@@ -193,7 +193,7 @@ def compare(config: CompareConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    config = parse(CompareConfig, argv, "Compare two evaluations of the same pictures.")
+    config = parse(CompareConfig, argv, "Compare two evaluations of the same pictures.", program="mnv2.compare")
     return exit_status("mnv2.compare", lambda: compare(config))
 
 

@@ -113,7 +113,8 @@ def profile(name: str, resize: int) -> Profile:
     return _PROFILES[name](resize)
 
 
-def _require_dali() -> None:
+def require_dali() -> None:
+    """Raise InputError, which names the extra to install, where DALI is missing."""
     if _ABSENT is not None:
         raise InputError(
             f"the loader needs NVIDIA DALI ({_ABSENT}): install mnv2 with the extra that fits torch's CUDA, `pip "
@@ -127,7 +128,7 @@ def picture_pipeline(*arguments: Any, **keywords: Any) -> Any:
     Raises:
         InputError: DALI isn't installed.
     """
-    _require_dali()
+    require_dali()
     # Checkpointing changes the order of the pictures, so a run that will be resumed must have it on from the start.
     return pipeline_def(enable_checkpointing=True)(_pictures)(*arguments, **keywords)
 
@@ -180,19 +181,26 @@ def decoded(encoded: Any, transform: Augmentation | Profile, *, gpu: bool) -> An
 
 def prepared(pictures: Any, transform: Augmentation | Profile, dtype: torch.dtype) -> Any:
     """Inputs of the network from decoded pictures: resized, cropped in evaluation, perhaps mirrored, normalised."""
+    mirror = fn.random.coin_flip(probability=transform.hflip) if isinstance(transform, Augmentation) else 0
+    return normalised(resized(pictures, transform), transform, dtype, mirror)
+
+
+def resized(pictures: Any, transform: Augmentation | Profile) -> Any:
+    """8-bit pixels ``[R, R, 3]``: of the whole picture in training, of its centre in evaluation."""
     region: dict[str, Any] = {}
-    mirror: Any = 0
-    if isinstance(transform, Augmentation):
-        mirror = fn.random.coin_flip(probability=transform.hflip)
-    else:
+    if isinstance(transform, Profile):
         region["roi_start"], region["roi_end"] = _centre(pictures.shape(), transform)
-    pictures = fn.resize(
+    return fn.resize(
         pictures,
         size=(transform.resize, transform.resize),
         interp_type=types.INTERP_CUBIC if isinstance(transform, Profile) and transform.cubic else types.INTERP_LINEAR,
         antialias=True,
         **region,
     )
+
+
+def normalised(pictures: Any, transform: Augmentation | Profile, dtype: torch.dtype, mirror: Any = 0) -> Any:
+    """Mean and standard deviation taken out of 8-bit pixels, which are mirrored where ``mirror`` is 1."""
     return fn.crop_mirror_normalize(
         pictures,
         mean=list(transform.mean),
@@ -355,8 +363,13 @@ class Loader:
             if bad := first_undecodable(self._paths, self._threads):
                 remedy = "mend or remove it (--bad_files can't find such a file)"
                 raise BadFileError(bad, "looks whole but can't be decoded", remedy) from error
-            cause = [line for line in str(error).splitlines() if line.strip() and "pipeline" not in line]
-            raise RunError(f"the loader failed at no single file: {cause[0] if cause else error}") from error
+            raise RunError(f"the loader failed at no single file: {failure(error)}") from error
+
+
+def failure(error: Exception) -> str:
+    """The line of a message, such as DALI's of many lines, that says what failed."""
+    lines = [line for line in str(error).splitlines() if line.strip() and "pipeline" not in line]
+    return lines[0] if lines else str(error) or type(error).__name__
 
 
 @contextmanager
@@ -400,7 +413,7 @@ def first_undecodable(paths: Sequence[str], threads: int = 1) -> str | None:
 
 
 def _decodes(paths: list[str], threads: int) -> bool:
-    _require_dali()
+    require_dali()
 
     @pipeline_def(batch_size=len(paths), num_threads=threads, device_id=None, prefetch_queue_depth=1)
     def decoding() -> Any:

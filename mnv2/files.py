@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .config import RunConfig
 from .distributed import World
@@ -22,6 +24,7 @@ from .weights import Weights
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pnm", ".ppm", ".pgm", ".pbm", ".jp2")
 SHOWN = 10
+_STDIN = "-"
 
 
 @dataclass(frozen=True)
@@ -269,3 +272,50 @@ def _contents(folder: str) -> str:
     names = sorted(os.listdir(folder))
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more or "nothing"
+
+
+class Picture(NamedTuple):
+    """A file, and what the user calls it."""
+
+    path: str
+    name: str
+
+
+class Problem(NamedTuple):
+    """What is wrong with the picture or folder called ``name``."""
+
+    name: str
+    problem: str
+
+
+def find_pictures(files: Sequence[str], folder: str) -> Iterator[Picture | Problem]:
+    """The pictures that ``files`` name, checked, and what is wrong with the others; stdin's goes into ``folder``."""
+    for name in files:
+        if name == _STDIN:
+            path = os.path.join(folder, "stdin")
+            if os.path.exists(path):
+                yield Problem(_STDIN, "was given before, and stdin holds one picture")
+                continue
+            with open(path, "wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            yield _checked(Picture(path, _STDIN))
+        elif os.path.isdir(name):
+            passed_over: Counter[str] = Counter()
+            unreadable: list[OSError] = []
+            paths = pictures_below(name, passed_over, unreadable.append)
+            yield from (Problem(str(error.filename), f"can't be read: {error.strerror}") for error in unreadable)
+            if not paths and not unreadable:
+                yield Problem(name, f"holds no pictures{passed_over_words(passed_over)}")
+            for path in paths:
+                yield _checked(Picture(path, path))
+        else:
+            yield _checked(Picture(name, name))
+
+
+def _checked(picture: Picture) -> Picture | Problem:
+    try:
+        picture.path.encode()
+    except UnicodeEncodeError:  # DALI takes no other
+        return Problem(picture.name.encode(errors="backslashreplace").decode(), "has a name that isn't UTF-8")
+    problem = fault(picture.path)
+    return Problem(picture.name, problem) if problem else picture

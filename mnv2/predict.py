@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -27,19 +25,15 @@ from .caption import require_pillow, save_captioned
 from .config import TrainedConfig, check_backend
 from .data import BadFileError
 from .distributed import World, world
-from .errors import InputError, RunError, exit_status
-from .files import passed_over_words, pictures_below
+from .errors import InputError, exit_status
+from .files import Picture, Problem, find_pictures
 from .flags import option, parse
-from .fold import fold
 from .inference import InferenceNetwork
 from .inputs import files_loader
-from .integrity import fault
 from .labels import class_names
-from .precision import autocast, dtype, numerics
-from .pretrained import build, find, follow
+from .precision import autocast, numerics
+from .pretrained import find, follow, serving
 from .weights import Weights
-
-_STDIN = "-"
 
 
 @dataclass(frozen=True)
@@ -58,20 +52,6 @@ class PredictConfig(TrainedConfig):
         super().__post_init__()
         if self.topk < 1:
             raise InputError(f"--topk: expected a positive integer, got {self.topk}")
-
-
-class Picture(NamedTuple):
-    """A file, and what the user calls it."""
-
-    path: str
-    name: str
-
-
-class Problem(NamedTuple):
-    """What is wrong with the picture or folder called ``name``."""
-
-    name: str
-    problem: str
 
 
 class Answer(NamedTuple):
@@ -96,39 +76,6 @@ class Answer(NamedTuple):
         """One line for a program."""
         classes = [{"class": number, "name": name, "probability": share} for number, name, share in self.classes]
         return json.dumps({"path": self.picture.name, "classes": classes})
-
-
-def find_pictures(files: Sequence[str], folder: str) -> Iterator[Picture | Problem]:
-    """The pictures that ``files`` name, checked, and what is wrong with the others; stdin's goes into ``folder``."""
-    for name in files:
-        if name == _STDIN:
-            path = os.path.join(folder, "stdin")
-            if os.path.exists(path):
-                yield Problem(_STDIN, "was given before, and stdin holds one picture")
-                continue
-            with open(path, "wb") as file:
-                shutil.copyfileobj(sys.stdin.buffer, file)
-            yield _checked(Picture(path, _STDIN))
-        elif os.path.isdir(name):
-            passed_over: Counter[str] = Counter()
-            unreadable: list[OSError] = []
-            paths = pictures_below(name, passed_over, unreadable.append)
-            yield from (Problem(str(error.filename), f"can't be read: {error.strerror}") for error in unreadable)
-            if not paths and not unreadable:
-                yield Problem(name, f"holds no pictures{passed_over_words(passed_over)}")
-            for path in paths:
-                yield _checked(Picture(path, path))
-        else:
-            yield _checked(Picture(name, name))
-
-
-def _checked(picture: Picture) -> Picture | Problem:
-    try:
-        picture.path.encode()
-    except UnicodeEncodeError:  # DALI takes no other
-        return Problem(picture.name.encode(errors="backslashreplace").decode(), "has a name that isn't UTF-8")
-    problem = fault(picture.path)
-    return Problem(picture.name, problem) if problem else picture
 
 
 @torch.inference_mode()
@@ -158,13 +105,7 @@ def answers(
     config: PredictConfig, here: World, weights: Weights, pictures: Sequence[Picture]
 ) -> Iterator[Answer | Problem]:
     """What ``weights`` say to each of ``pictures``, in order."""
-    model = build(config, weights.num_classes, weights).to(here.device).eval()
-    try:
-        network = fold(model, dtype(config.precision))
-    except ValueError as error:
-        raise RunError(f"can't fold BatchNorm: {error}") from None
-    if here.device.type == "cuda":
-        network.warmup(min(config.batch_size, len(pictures)), config.resize)
+    network = serving(config, here, weights, min(config.batch_size, len(pictures)))
     names = class_names(weights.num_classes, weights.classes)
     for found in logits(config, here, network, pictures):
         if isinstance(found, Problem):
@@ -214,7 +155,7 @@ def _save(answer: Answer, folder: str) -> Iterator[Problem]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    config = parse(PredictConfig, argv, "What a trained network sees in pictures.")
+    config = parse(PredictConfig, argv, "What a trained network sees in pictures.", program="mnv2.predict")
     failures = 0
 
     def action() -> None:

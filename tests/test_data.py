@@ -12,7 +12,7 @@ from PIL import Image
 from samples import photo, write_undecodable
 
 import mnv2
-from mnv2 import data
+from mnv2 import data, pil_pictures
 from mnv2.data import Augmentation, Loader, Profile, SyntheticLoader, picture_pipeline, profile, steps_per_epoch
 from mnv2.distributed import World
 from mnv2.errors import InputError, RunError
@@ -32,14 +32,8 @@ def loader(paths, transform, batch_size=4, rank=0, size=1, **options):
 
 
 def pil(path, transform: Profile) -> np.ndarray:
-    """The profile as torchvision and PIL have it: short side, centre crop, normalised, HWC."""
-    picture = Image.open(path).convert("RGB")
-    method = Image.Resampling.BICUBIC if transform.cubic else Image.Resampling.BILINEAR
-    short = min(picture.size)
-    picture = picture.resize([side * transform.shorter // short for side in picture.size], method)
-    left, top = (round((side - transform.resize) / 2) for side in picture.size)
-    pixels = np.asarray(picture.crop((left, top, left + transform.resize, top + transform.resize)), np.float32)
-    return (pixels - np.float32(transform.mean)) / np.float32(transform.std)
+    """The profile as torchvision and PIL have it, HWC."""
+    return pil_pictures.normalised(pil_pictures.centre(pil_pictures.opened(path), transform), transform)
 
 
 def test_profiles_are_those_published():

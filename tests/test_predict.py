@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from samples import CLASSES, photo, save_weights, settled, write_photos, write_undecodable
 
-from mnv2 import MobileNetV2, caption, predict
+from mnv2 import MobileNetV2, caption, files, predict
 from mnv2.data import Loader, profile
 from mnv2.distributed import World
 from mnv2.engine import evaluate
@@ -128,8 +128,8 @@ def test_a_folder_that_cant_be_read_is_named(tmp_path, monkeypatch):
         return iter(())
 
     monkeypatch.setattr(os, "walk", walk)  # root can read every folder
-    found = list(predict.find_pictures([str(tmp_path)], ""))
-    assert found == [predict.Problem(str(tmp_path), "can't be read: Permission denied")]
+    found = list(files.find_pictures([str(tmp_path)], ""))
+    assert found == [files.Problem(str(tmp_path), "can't be read: Permission denied")]
 
 
 def test_one_picture_comes_from_stdin(weights, pictures, monkeypatch, tmp_path, capsys):
