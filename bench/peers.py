@@ -74,7 +74,7 @@ class _Logits(nn.Module):
 
 
 def _timm(model: MobileNetV2) -> nn.Module:
-    _import_torchvision()
+    import_torchvision()
     import timm
 
     name, padding = f"mobilenetv2_{round(100 * model.alpha):03}", "same" if model.padding == "same" else ""
@@ -85,7 +85,7 @@ def _timm(model: MobileNetV2) -> nn.Module:
 
 def _transformers(model: MobileNetV2) -> nn.Module:
     if importlib.util.find_spec("torchvision") is not None:  # it takes it where it is there
-        _import_torchvision()
+        import_torchvision()
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
     config = MobileNetV2Config(
@@ -100,7 +100,7 @@ def _transformers(model: MobileNetV2) -> nn.Module:
 PEERS: dict[str, Callable[[MobileNetV2], nn.Module]] = {"timm": _timm, "transformers": _transformers}
 
 
-def _import_torchvision() -> None:
+def import_torchvision() -> None:
     """Import torchvision, which timm does.
 
     That of the package index is made for CUDA. Beside torch's CPU build its library doesn't load, and the import fails

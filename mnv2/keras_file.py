@@ -8,11 +8,12 @@ write beside them, aren't read: they are texts of variable length, with which a 
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -55,15 +56,22 @@ def read(path: str) -> dict[str, Tensor]:
         raise InputError(f"Keras's files need h5py ({error}): pip install 'mnv2[keras]'") from None
     size = os.path.getsize(path)
     try:
-        with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):
-                return _tensors(h5py.File(file, "r"), size)
-            archive = zipfile.ZipFile(file)
-            if archive.getinfo(_ARCHIVED).file_size > size:
-                raise ValueError("its weights are compressed")
-            return _tensors(h5py.File(archive.open(_ARCHIVED), "r"), size)
+        with open(path, "rb") as file, h5py.File(_weights(file, size), "r") as content:
+            return _tensors(content, size)
     except Exception as error:  # a damaged file can fail anywhere in its reader
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _weights(file: BinaryIO, size: int) -> BinaryIO:
+    """The HDF5 file that ``file`` of ``size`` bytes is or has in it."""
+    archived = file.read(len(_ARCHIVE_START)) == _ARCHIVE_START
+    file.seek(0)
+    if not archived:
+        return file
+    archive = zipfile.ZipFile(file)
+    if archive.getinfo(_ARCHIVED).file_size > size:
+        raise ValueError("its weights are compressed")
+    return io.BytesIO(archive.read(_ARCHIVED))
 
 
 def _tensors(file: Any, left: int) -> dict[str, Tensor]:
@@ -126,11 +134,13 @@ def _name(place: tuple[str, ...]) -> str:
 
 def _counted_name(counted: str, variable: str) -> str:
     """Layer and variable by their places in the network, as the ``counted`` one of a class, "conv2d_3", and "0"."""
-    kind, _, count = re.sub(r"_(\d{1,3})$", r"/\1", counted).partition("/")
+    kind, _, count = counted.rpartition("_")
+    if not count.isdecimal():  # the first one
+        kind, count = counted, "0"
     variables = dict(zip("0123", _VARIABLES.get(kind, ()), strict=False))
     if variable not in variables:
         return f"{counted}/{variable}"
-    return f"{dict(enumerate(_layers(kind))).get(int(count or 0), counted)}/{variables[variable]}"
+    return f"{dict(enumerate(_layers(kind))).get(int(count), counted)}/{variables[variable]}"
 
 
 def _layers(kind: str) -> list[str]:
