@@ -80,7 +80,7 @@ class NetworkConfig:
     num_parallel_workers: int = option(8, "decoding threads a process, at most one a core")
     preprocessing: str | None = option(
         None,
-        "evaluation's resize and crop: short side + 32, torchvision's 256/224 or 232/224, timm's 0.875 bicubic, or "
+        "evaluation's resize and crop: short side + 32, torchvision's 256 or 232 for 224, timm's bicubic, or "
         "tf's with inputs in [-1, 1]; None for the weights' own, without weights reference",
         choices=PREPROCESSING,
     )

@@ -99,7 +99,7 @@ class Profile:
 
 _PROFILES: dict[str, Callable[[int], Profile]] = {
     "reference": lambda resize: Profile(resize, resize + 32),
-    "torchvision": lambda resize: Profile(resize, round(resize * 256 / 224)),
+    "torchvision": lambda resize: Profile(resize, int(resize / 0.875)),
     "torchvision_v2": lambda resize: Profile(resize, round(resize * 232 / 224)),
     "timm": lambda resize: Profile(resize, int(resize / 0.875), cubic=True),
     "tf": lambda resize: Profile(resize, round(resize / 0.875), mean=(127.5,) * 3, std=(127.5,) * 3),

@@ -48,8 +48,7 @@ class Source:
         page: where.
         megabytes: size of the weights as the publisher rounds it, in 10^6 bytes.
         licence: of the weights as the publisher states it.
-        preprocessing: evaluation's profile (``data.profile``) that comes next to the publisher's.
-        shorter: the publisher's short side in pixels, where the profile has another.
+        preprocessing: evaluation's profile (``data.profile``).
         padding: as in ``MobileNetV2``.
         norm_eps: epsilon of every BatchNorm.
         classes: order of the outputs, one of ``labels.imagenet_orders``.
@@ -67,7 +66,6 @@ class Source:
     megabytes: float | None = None
     licence: str | None = None
     preprocessing: str = "torchvision"
-    shorter: int | None = None
     padding: str = "symmetric"
     norm_eps: float = 1e-5
     classes: str = IMAGENET
@@ -152,21 +150,21 @@ def _d_li14() -> Iterator[Source]:
         "https://raw.githubusercontent.com/d-li14/mobilenetv2.pytorch/1733532bd43743442077326e1efc556d7cfd025d/"
         "pretrained"
     )
-    for alpha, resize, name, accuracy, shorter in (
-        (1.0, 224, "mobilenetv2-c5e733a8.pth", Accuracy(72.834, 91.060), None),  # trained for longer than the next
-        (1.0, 224, "mobilenetv2_1.0-0c6065bc.pth", Accuracy(72.192, 90.534), None),
-        (1.0, 192, "mobilenetv2_192x192-e423d99e.pth", Accuracy(71.076, 89.760), None),
-        (1.0, 160, "mobilenetv2_160x160-64dc7fa1.pth", Accuracy(69.504, 88.848), 182),
-        (1.0, 128, "mobilenetv2_128x128-fd66a69d.pth", Accuracy(66.740, 86.952), None),
-        (1.0, 96, "mobilenetv2_96x96-ff0e83d8.pth", Accuracy(62.696, 84.046), 109),
-        (0.75, 224, "mobilenetv2_0.75-dace9791.pth", Accuracy(69.952, 88.986), None),
-        (0.5, 224, "mobilenetv2_0.5-eaa6f9ad.pth", Accuracy(64.592, 85.392), None),
-        (0.35, 224, "mobilenetv2_0.35-b2e15951.pth", Accuracy(60.092, 82.172), None),
-        (0.25, 224, "mobilenetv2_0.25-b61d2159.pth", Accuracy(52.352, 75.932), None),
+    for alpha, resize, name, accuracy in (
+        (1.0, 224, "mobilenetv2-c5e733a8.pth", Accuracy(72.834, 91.060)),  # trained for longer than the next
+        (1.0, 224, "mobilenetv2_1.0-0c6065bc.pth", Accuracy(72.192, 90.534)),
+        (1.0, 192, "mobilenetv2_192x192-e423d99e.pth", Accuracy(71.076, 89.760)),
+        (1.0, 160, "mobilenetv2_160x160-64dc7fa1.pth", Accuracy(69.504, 88.848)),
+        (1.0, 128, "mobilenetv2_128x128-fd66a69d.pth", Accuracy(66.740, 86.952)),
+        (1.0, 96, "mobilenetv2_96x96-ff0e83d8.pth", Accuracy(62.696, 84.046)),
+        (0.75, 224, "mobilenetv2_0.75-dace9791.pth", Accuracy(69.952, 88.986)),
+        (0.5, 224, "mobilenetv2_0.5-eaa6f9ad.pth", Accuracy(64.592, 85.392)),
+        (0.35, 224, "mobilenetv2_0.35-b2e15951.pth", Accuracy(60.092, 82.172)),
+        (0.25, 224, "mobilenetv2_0.25-b61d2159.pth", Accuracy(52.352, 75.932)),
     ):
         files = (_named_by_checksum(folder, name),)
         # The licence is the repository's, which holds the weights.
-        yield Source("d-li14", alpha, resize, name, files, accuracy, page, licence="Apache-2.0", shorter=shorter)
+        yield Source("d-li14", alpha, resize, name, files, accuracy, page, licence="Apache-2.0")
 
 
 def _named_by_checksum(folder: str, name: str) -> File:
