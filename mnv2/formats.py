@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import weights
+from . import __version__, weights
 from .errors import InputError, RunError
 from .fold import classifier_of, fold
 from .inference import InferenceNetwork
@@ -42,7 +42,7 @@ class Exported:
         fold: fold BatchNorm into the convolutions.
         dtype: of weights, pictures and logits.
         dynamic_size: pictures of any size, from ``SMALLEST`` pixels a side, in place of ``resize``.
-        about: what the file tells of itself, by name, in values that JSON has.
+        about: what the file tells of itself besides, by name, in values that JSON has.
     """
 
     model: MobileNetV2
@@ -51,6 +51,19 @@ class Exported:
     dtype: torch.dtype
     dynamic_size: bool
     about: Mapping[str, Any]
+
+    def told(self) -> dict[str, Any]:
+        """All that the file tells of itself."""
+        return {
+            **self.about,
+            "alpha": self.model.alpha,
+            "padding": self.model.padding,
+            "norm_eps": self.model.norm_eps,
+            "resize": self.resize,
+            "fold": self.fold,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "mnv2_version": __version__,
+        }
 
 
 class Format(NamedTuple):
@@ -93,7 +106,7 @@ def write_onnx(exported: Exported, path: str) -> Run:
     """ONNX's standard operators, weights inside; onnxruntime runs it."""
     onnx, onnxruntime, optimizer = onnx_packages()
     converted = _converted(exported, optimizer)
-    for name, value in exported.about.items():
+    for name, value in exported.told().items():
         converted.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
     converted.save(path, external_data=False)
     try:
@@ -152,7 +165,7 @@ def write_torch(exported: Exported, path: str) -> Run:
     """What ``torch.export.load`` reads, with or without mnv2."""
     made = program(exported)
     with open(path, "wb") as file:
-        torch.export.save(made, file, extra_files={ABOUT: json.dumps(exported.about)})
+        torch.export.save(made, file, extra_files={ABOUT: json.dumps(exported.told())})
     with open(path, "rb") as file:
         return torch.export.load(file).module()
 
@@ -163,7 +176,7 @@ def write_safetensors(exported: Exported, path: str) -> Run:
     if exported.fold:
         fold(model, exported.dtype).save(path)
         return InferenceNetwork.load(path, backend="torch")
-    save_weights(path, model.state_dict(), exported.about)
+    save_weights(path, model.state_dict(), exported.told())
     network = MobileNetV2(
         model.alpha,
         classifier_of(model).out_features,
@@ -189,7 +202,9 @@ FORMATS = {
 }
 
 
-def check_format(name: str, *, padding: str, fold: bool, dtype: torch.dtype, dynamic_size: bool, resize: int) -> None:
+def check_format(
+    name: str, *, padding: str | None, fold: bool, dtype: torch.dtype, dynamic_size: bool, resize: int
+) -> None:
     """Raise InputError where there is no such format, or none with these settings."""
     if name not in FORMATS:
         raise InputError(f"--format: expected {' or '.join(FORMATS)}, got {name}")
