@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import __version__
 from .atomic import check_place, replacing
 from .config import OPEN, TrainedConfig
 from .data import profile
@@ -72,7 +71,9 @@ class ExportConfig(TrainedConfig):
     @property
     def place(self) -> str:
         """Path of the file."""
-        return self.output or f"mobilenetv2_{self.alpha}_{self.resize}{FORMATS[self.format].extension}"
+        # Folded weights have another name than those that --pretrained True looks for.
+        kind = "_folded" if self.format == "safetensors" and self.fold else ""
+        return self.output or f"mobilenetv2_{self.alpha}_{self.resize}{kind}{FORMATS[self.format].extension}"
 
 
 class Agreement(NamedTuple):
@@ -97,8 +98,8 @@ class Agreement(NamedTuple):
         """The figures, on one line."""
         share = self.difference / self.largest if self.largest else self.difference
         return (
-            f"largest difference of logits {self.difference:.2g}, {share:.2g} of the largest logit (at most "
-            f"{self.tolerance:g}), top-1 the same for {self.same} of {self.pictures}"
+            f"logits differ by at most {self.difference:.2g}, {share:.2g} of the largest ({self.tolerance:g} is "
+            f"allowed), top-1 is the same for {self.same} of {self.pictures} pictures"
         )
 
 
@@ -120,16 +121,13 @@ def export(
     Args:
         model: what has been trained, on any device.
         path: of the file, which is replaced where it is there.
-        format: "onnx" (input ``pictures [batch, 3, H, W]``, output ``logits [batch, classes]``), "torch" (for
-            ``torch.export.load``, argument and result the same) or "safetensors" (folded for
-            ``InferenceNetwork.load``, else a state dict in torchvision's names).
+        format: "onnx", "torch" or "safetensors"; pictures ``[batch, 3, H, W]`` give logits ``[batch, classes]``.
         resize: side of the pictures in pixels.
         fold: fold BatchNorm into the convolutions, in fp64 and rounded once; else it is kept.
         dtype: fp32 or fp16, of weights, pictures and logits.
         dynamic_size: pictures of any size from 33 pixels a side, with symmetric padding.
         batch_size: pictures of the second batch of the check; the first has one.
-        about: what the file tells of itself beside alpha, padding, norm_eps, resize, fold, dtype and version: any names
-            and values that JSON has.
+        about: what the file tells of itself beside what this call does: any names, and values that JSON has.
 
     Raises:
         InputError: an argument is wrong, or a package is missing.
@@ -142,17 +140,7 @@ def export(
     if format == "onnx":
         onnx_packages()
     model = copy.deepcopy(model).cpu().eval()
-    told = {
-        **(about or {}),
-        "alpha": model.alpha,
-        "padding": model.padding,
-        "norm_eps": model.norm_eps,
-        "resize": resize,
-        "fold": fold,
-        "dtype": str(dtype).removeprefix("torch."),
-        "mnv2_version": __version__,
-    }
-    exported = Exported(model, resize, fold, dtype, dynamic_size, told)
+    exported = Exported(model, resize, fold, dtype, dynamic_size, about or {})
     try:
         with replacing(path) as temporary:
             run = FORMATS[format].write(exported, temporary)
@@ -199,7 +187,7 @@ def _made_up(exported: Exported, batch_size: int) -> list[Tensor]:
 def record(config: ExportConfig, weights: Weights) -> dict[str, Any]:
     """What is known of the weights and their pictures, as ``config`` decided; what isn't is left out."""
     known = weights.record() | {name: getattr(config, name) for name in OPEN}
-    known["assumed"] = [name for name in weights.assumed if known[name] == getattr(weights, name)]
+    known["assumed"] = tuple(name for name in weights.assumed if known[name] == getattr(weights, name))
     return {name: value for name, value in known.items() if value is not None}
 
 
@@ -264,14 +252,17 @@ def export_weights(config: ExportConfig, here: World) -> Iterator[str]:
         raise RunError(f"can't export in {config.precision}: {error}") from None
     kind, side = FORMATS[config.format], "any" if config.dynamic_size else config.resize
     yield (
-        f"{config.place}: {os.path.getsize(config.place) / 2**20:.2f} MiB, {kind.content}, from {weights}, alpha "
-        f"{model.alpha}, {weights.num_classes} classes, pictures [batch, 3, {side}, {side}], {config.precision}, "
-        f"BatchNorm {'folded' if config.fold else 'kept'}"
+        f"{config.place}: {kind.content}, {config.precision}, BatchNorm {'folded' if config.fold else 'kept'}, "
+        f"{os.path.getsize(config.place) / 2**20:.2f} MiB"
     )
     yield (
-        f"run by {kind.runtime} beside the trained network in fp64, on made-up pictures, batches of 1 and "
-        f"{config.batch_size}: {found}"
+        f"alpha {model.alpha}, pictures [batch, 3, {side}, {side}], {weights.num_classes} classes, weights: {weights}"
     )
+    yield (
+        f"run by {kind.runtime} beside the trained network in fp64, made-up pictures in batches of 1 and "
+        f"{config.batch_size}"
+    )
+    yield str(found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -107,10 +107,24 @@ def _argument(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
         settings.setdefault("const", True)
     if "const" in settings:
         settings.setdefault("nargs", "?")
-    settings["type"] = parse_value or kind
+    settings["type"] = _told(parse_value or kind)
     if not settings.get("choices"):
         settings.setdefault("metavar", getattr(kind, "__name__", "value").upper())
     return settings
+
+
+def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``read``, whose own words argparse passes on where a text is wrong."""
+    if isinstance(read, type):  # int and float have none that a user would understand
+        return read
+
+    def told(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return told
 
 
 def _given(kind: Any) -> Any:

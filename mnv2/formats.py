@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import __version__
 from .errors import InputError, RunError
 from .fold import classifier_of, fold
 from .inference import InferenceNetwork
@@ -39,7 +40,7 @@ class Exported:
         fold: fold BatchNorm into the convolutions.
         dtype: of weights, pictures and logits.
         dynamic_size: pictures of any size, from ``SMALLEST`` pixels a side, in place of ``resize``.
-        about: what the file tells of itself, by name, in values that JSON has.
+        about: what the file tells of itself besides, by name, in values that JSON has.
     """
 
     model: MobileNetV2
@@ -48,6 +49,19 @@ class Exported:
     dtype: torch.dtype
     dynamic_size: bool
     about: Mapping[str, Any]
+
+    def told(self) -> dict[str, Any]:
+        """All that the file tells of itself."""
+        return {
+            **self.about,
+            "alpha": self.model.alpha,
+            "padding": self.model.padding,
+            "norm_eps": self.model.norm_eps,
+            "resize": self.resize,
+            "fold": self.fold,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "mnv2_version": __version__,
+        }
 
 
 class Format(NamedTuple):
@@ -90,7 +104,7 @@ def write_onnx(exported: Exported, path: str) -> Run:
     """ONNX's standard operators, weights inside; onnxruntime runs it."""
     onnx, onnxruntime, optimizer = onnx_packages()
     converted = _converted(exported, optimizer)
-    for name, value in exported.about.items():
+    for name, value in exported.told().items():
         converted.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
     converted.save(path, external_data=False)
     try:
@@ -149,7 +163,7 @@ def write_torch(exported: Exported, path: str) -> Run:
     """What ``torch.export.load`` reads, with or without mnv2."""
     made = program(exported)
     with open(path, "wb") as file:
-        torch.export.save(made, file, extra_files={ABOUT: json.dumps(exported.about)})
+        torch.export.save(made, file, extra_files={ABOUT: json.dumps(exported.told())})
     with open(path, "rb") as file:
         return torch.export.load(file).module()
 
@@ -161,7 +175,7 @@ def write_safetensors(exported: Exported, path: str) -> Run:
         fold(model, exported.dtype).save(path)
         return InferenceNetwork.load(path, backend="torch")
     named = {field.name for field in dataclasses.fields(Weights)}
-    record = {name: value for name, value in exported.about.items() if name in named}
+    record = {name: value for name, value in exported.told().items() if name in named}
     Weights(path, model.state_dict(), **record).save(path)
     network = MobileNetV2(
         model.alpha,

@@ -99,7 +99,8 @@ def test_imports_point_one_way():
 
 
 def test_the_network_needs_no_loader():
-    """Serving installs mnv2 without DALI, scikit-learn and Pillow."""
-    absent = "import sys; sys.modules.update(dict.fromkeys(('nvidia', 'nvidia.dali', 'sklearn', 'PIL', 'pytest')))"
-    names = "kernels, mnv2, mnv2.model, mnv2.labels, mnv2.config"
+    """Serving installs mnv2 without DALI, scikit-learn, Pillow and ONNX."""
+    packages = "'nvidia', 'nvidia.dali', 'sklearn', 'PIL', 'pytest', 'onnx', 'onnxruntime', 'onnxscript'"
+    absent = f"import sys; sys.modules.update(dict.fromkeys(({packages})))"
+    names = "kernels, mnv2, mnv2.model, mnv2.labels, mnv2.config, mnv2.export"
     subprocess.run([sys.executable, "-c", f"{absent}; import {names}"], cwd=ROOT, check=True)
