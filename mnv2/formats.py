@@ -23,9 +23,9 @@ from .plain import plain
 
 INPUT, OUTPUT = "pictures", "logits"
 OPSET = 18  # the lowest that the exporter writes without a conversion, for the sake of older runtimes
-SMALLEST = (
-    33  # side of pictures of any size: below it the last features have a side of 1, which torch.export sets apart
-)
+# Side in pixels from which pictures of any size go. Smaller ones leave the last features a side of 1, a case of its own
+# for torch.export.
+SMALLEST = 33
 ABOUT = "mnv2.json"  # of a .pt2: what ONNX calls metadata
 RECORD = ("alpha", "resize", "classes", "padding", "norm_eps", "preprocessing", "source", "sha256")
 
