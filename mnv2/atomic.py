@@ -3,23 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-
-from .errors import InputError
-
-
-def check_place(argument: str, path: str) -> None:
-    """Raise InputError, in the name of ``argument``, unless the file ``path`` can be written."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{argument}: expected a file, got {path}")
-    folder = os.path.dirname(path) or "."
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"{argument}: can't write to {folder}: {error.strerror}") from None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .atomic import check_place, replacing
+from .atomic import replacing
 from .config import TrainedConfig
 from .data import profile
 from .distributed import World, world
@@ -31,6 +31,7 @@ from .formats import FORMATS, Exported, Run, check_format, onnx_packages
 from .labels import class_names
 from .model import MobileNetV2
 from .precision import dtype, numerics
+from .predictions import check_place
 from .weights import Weights, build, find
 
 # How far logits may be from those of the trained network in fp64, as a share of the largest. Rounding alone takes a
@@ -210,7 +211,7 @@ def preparation(name: str, resize: int) -> dict[str, Any]:
 
 def check_output(config: ExportConfig, weights: Weights) -> None:
     """Raise InputError where the file can't be written, or another would be lost unasked."""
-    check_place("--output", config.place)
+    check_place(config.place, "--output")
     if not os.path.exists(config.place):
         return
     if config.output is None:

@@ -7,13 +7,14 @@ the number of its class, the numbers of the classes that the network puts first,
 from __future__ import annotations
 
 import csv
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from . import atomic
 from .atomic import replacing
 from .errors import InputError, RunError
 
@@ -65,9 +66,16 @@ def first_classes(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return classes, logits.softmax(1).gather(1, classes)
 
 
-def check_place(path: str) -> None:
-    """Raise InputError unless the file ``path`` can be written."""
-    atomic.check_place("--results", path)
+def check_place(path: str, argument: str = "--results") -> None:
+    """Raise InputError, in the name of ``argument``, unless the file ``path`` can be written."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{argument}: expected a file, got {path}")
+    folder = os.path.dirname(path) or "."
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{argument}: can't write to {folder}: {error.strerror}") from None
 
 
 def write(path: str, pictures: Sequence[str], predictions: Predictions) -> None:
