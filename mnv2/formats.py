@@ -24,7 +24,9 @@ from .weights import Weights, read
 
 INPUT, OUTPUT = "pictures", "logits"
 OPSET = 18  # the lowest that the exporter writes without a conversion, for the sake of older runtimes
-SMALLEST = 33  # side of pictures of any size: below it the last features are a pixel, which torch.export sets apart
+# Side in pixels from which pictures of any size go. Smaller ones leave the last features a side of 1, a case of its own
+# for torch.export.
+SMALLEST = 33
 ABOUT = "mnv2.json"  # of a .pt2: what ONNX calls metadata
 
 Run = Callable[[Tensor], Tensor]

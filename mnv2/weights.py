@@ -300,7 +300,9 @@ def _checked_record(path: str, record: Mapping[str, Any], outputs: int) -> dict[
         expected, holds = checks[name]
         if value is not None and not holds(value):
             raise InputError(f"{path}: expected {expected} as its record of {name}, got {str(value)[:50]}")
-    return {name: tuple(value) if name == "assumed" and value else value for name, value in record.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) and name == "assumed" else value for name, value in record.items()
+    }
 
 
 def _alpha(state: Mapping[str, Tensor]) -> float:

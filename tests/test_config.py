@@ -109,7 +109,7 @@ def test_a_flag_without_its_value():
         ("--precision fp8", "argument --precision: invalid choice: 'fp8'"),
         ("--freeze all", "argument --freeze: invalid choice: 'all'"),
         ("--max_lr 1e31", "--max_lr: expected a positive number"),
-        ("--run_distribute maybe", "argument --run_distribute: invalid"),
+        ("--run_distribute maybe", "argument --run_distribute: expected true or false, got 'maybe'"),
     ],
 )
 def test_a_wrong_flag_ends_with_one_line(words, message, capsys):
