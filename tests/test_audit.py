@@ -366,7 +366,8 @@ def test_predictions_are_those_of_evaluation_and_of_pil(model, weights, folder, 
 
 
 def test_a_flip_is_put_down_to_the_step_that_makes_it(weights, folder, tmp_path, capsys):
-    steps = found(tmp_path, "--data_url", folder, "--pretrained", weights)["profiles"]["torchvision"]["steps"]
+    words = ["--data_url", folder, "--pretrained", weights, "--preprocessing", "reference"]
+    steps = found(tmp_path, *words)["profiles"]["reference"]["steps"]
     flipped = {step: [flip["picture"] for flip in steps[step]["flips"]] for step in (PIL, *STEPS)}
     assert flipped[DECODE], "pictures of 16 bits were to be seen otherwise"
     deep = os.path.join("bee", "deep")
