@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from samples import CLASSES, photo, save_weights, settled, write_photos, write_undecodable
 
+from bench.peers import import_torchvision, require
 from mnv2 import MobileNetV2, audit, audit_report, caption, data, pil_pictures
 from mnv2.audit_result import ALL, DECODE, NORMALISE, PIL, RESIZE, STEPS, Audit, Difference
 from mnv2.audit_steps import Opened, Steps
@@ -117,7 +118,10 @@ def test_differences_of_floats_have_the_unit_and_no_rounding():
 
 @pytest.mark.parametrize(("name", "filtering"), [("torchvision", "bilinear"), ("timm", "bicubic"), ("tf", "bilinear")])
 def test_pils_side_is_torchvisions(name, filtering, folder):
-    transforms = pytest.importorskip("torchvision.transforms", reason="torchvision isn't installed")
+    require("torchvision")
+    import_torchvision()
+    from torchvision import transforms
+
     transform = profile(name, 37)
     mean, std = ([value / 255 for value in values] for values in (transform.mean, transform.std))
     chain = [
