@@ -18,7 +18,7 @@ from mnv2.distributed import World, world
 from mnv2.engine import Evaluation
 from mnv2.errors import InputError, RunError, exit_status
 from mnv2.evaluation import evaluation
-from mnv2.files import check_pictures, list_pictures
+from mnv2.files import Pictures, check_pictures, list_pictures
 from mnv2.flags import parse
 from mnv2.precision import numerics
 from mnv2.pretrained import find
@@ -41,30 +41,35 @@ def sweep(config: ValidateConfig, world: World) -> None:
     Raises:
         InputError: one that is named has no weights, or where none is named, none has.
     """
-    chosen = variants(config.sweep or ())
+    runs = [replace(config, alpha=alpha, resize=resize) for alpha, resize in variants(config.sweep or ())]
     pictures = None
     if not config.synthetic:
         pictures = list_pictures(config.data_url, "val", config.val_labels)
         pictures = check_pictures(pictures, config.bad_files, world)
     rows = []
-    for alpha, resize in chosen:
-        row, one = Row(alpha, resize), replace(config, alpha=alpha, resize=resize)
-        world.print(f"\n{row.name}")
-        try:
-            weights, problem = find(one, world), ""
-        except InputError as error:
-            weights, problem = None, str(error)
-        if problem := next(filter(None, world.gather(problem)), ""):  # all go on alike
-            world.print(problem)
-            rows.append(row)
-        else:
-            rows.append(replace(row, weights=weights, result=evaluation(one, world, pictures, weights)))
-    world.print(f"\n{table(rows)}")
+    try:
+        for run in runs:
+            rows.append(sweep_one(run, world, pictures))
+    finally:
+        world.print(f"\n{table(rows)}")
     missing = [row.name for row in rows if row.result is None]
     if config.sweep and missing:
         raise InputError(f"--sweep: expected weights of every variant named, got none of {', '.join(missing)}")
     if len(missing) == len(rows):
         raise InputError("--sweep: expected weights of one variant at least, got none")
+
+
+def sweep_one(config: ValidateConfig, world: World, pictures: Pictures | None) -> Row:
+    """Evaluate the variant of ``config`` where there are weights of it."""
+    assert config.alpha is not None
+    row = Row(config.alpha, config.resize)
+    world.print(f"\n{row.name}")
+    try:
+        weights = find(config, world)
+    except InputError as error:
+        world.print(error)
+        return row
+    return replace(row, weights=weights, result=evaluation(config, world, pictures, weights))
 
 
 def check_accuracy(config: ValidateConfig, result: Evaluation) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from .config import OPEN, TrainConfig
-from .data import LoaderState
+from .config import OPEN, PREPROCESSING, TrainConfig
+from .data import LoaderState, profile
 from .distributed import World
 from .engine import Progress
 from .errors import InputError, RunError
@@ -188,8 +188,16 @@ class Saved:
 
     def weights(self) -> Weights:
         """The network's, with the names of its classes, and what else it is."""
-        known = {name: self.content["config"].get(name) for name in OPEN}
+        known = {name: self._known(name) for name in OPEN}
         return Weights(self.path, self.content["model"], "mnv2", classes=self.content["classes"], **known)
+
+    def _known(self, name: str) -> Any:
+        """What the run so far had for a flag of ``OPEN``."""
+        value = self.content["config"].get(name)
+        kinds = (int, float) if isinstance(OPEN[name], float) else str
+        if not isinstance(value, kinds) or (name == "preprocessing" and value not in PREPROCESSING):
+            raise InputError(f"--resume: {self.path} is damaged: expected its --{name}, got {value!r}")
+        return value
 
     def loader_state(self, world: World) -> LoaderState:
         """Where this process's loader was."""
@@ -205,6 +213,8 @@ class Saved:
         fields = dataclasses.fields(config)
         for name in [field.name for field in fields if field.metadata.get("fixed")]:
             self._same(f"--{name} {{}}", before.get(name), now[name])
+        had, got = (profile(name, now["resize"]) for name in (self._known("preprocessing"), now["preprocessing"]))
+        self._same("pictures of mean and std {}", (had.mean, had.std), (got.mean, got.std))
         self._same("{} processes", len(self.content["loader"]), world.size)
         self._same("a {} as device", self.content["device"], world.device.type)
         for name in ("ema_decay", "momentum"):  # their state is there or isn't

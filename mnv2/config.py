@@ -22,7 +22,7 @@ from .model import check_alpha
 DEFAULT_DATA = "./dataset/imagenet"
 SYNTHETIC_PICTURES = 1024
 PREPROCESSING = ("reference", "torchvision", "torchvision_v2", "timm", "tf")
-# What the weights decide where the user doesn't (``weights.follow``), and what is usual without weights.
+# What the weights decide where the user doesn't (``pretrained.follow``), and what is usual without weights.
 OPEN: dict[str, Any] = {"alpha": 1.0, "padding": "symmetric", "norm_eps": 1e-5, "preprocessing": "reference"}
 
 

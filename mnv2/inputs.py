@@ -83,10 +83,19 @@ def training_loader(
     }
     if data.pictures is None or data.index is None:
         return SyntheticLoader(config.synthetic, data.num_classes, resize=config.resize, training=True, **settings)
+    assert config.preprocessing is not None, "pretrained.follow decides"
+    evaluated = profile(config.preprocessing, config.resize)  # whose normalisation the network is to learn
     return Loader(
         data.pictures.paths,
         data.index.labels(data.pictures.names),
-        Augmentation(config.resize, config.crop_scale, config.crop_ratio, config.hflip),
+        Augmentation(
+            config.resize,
+            config.crop_scale,
+            config.crop_ratio,
+            config.hflip,
+            mean=evaluated.mean,
+            std=evaluated.std,
+        ),
         dtype=input_dtype(config.precision),
         threads=config.threads,
         seed=config.seed,
@@ -101,7 +110,7 @@ def evaluation_loader(config: RunConfig, world: World, pictures: Pictures, index
 
 def files_loader(config: NetworkConfig, world: World, paths: Sequence[str], labels: Sequence[int]) -> Loader:
     """Batches that hold the picture of each file once, prepared as for an evaluation."""
-    assert config.preprocessing is not None, "weights.follow decides"
+    assert config.preprocessing is not None, "pretrained.follow decides"
     return Loader(
         paths,
         labels,

@@ -16,16 +16,14 @@ from .model import BLOCKS
 
 Pair = tuple[str, str]  # names of a convolution and of its norm
 
-_TORCH = {leaf: leaf for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
-
 
 @dataclass(frozen=True)
 class Layout:
     """The names of one library, and what is taken of its networks where a file doesn't say.
 
-    ``modules`` are its modules by torchvision's names, ``leaves`` its tensors of a module likewise; where its names
-    have had several rules, ``rename`` follows these instead. ``of_1001`` is the order that 1001 outputs have, one of
-    ``labels.imagenet_orders``, or None where it isn't known.
+    ``modules`` are its modules by torchvision's names; where its names have had several rules, ``rename`` follows these
+    instead. ``of_1001`` is the order that 1001 outputs have, one of ``labels.imagenet_orders``, or None where it isn't
+    known.
     """
 
     source: str
@@ -34,7 +32,6 @@ class Layout:
     norm_eps: float = 1e-5
     preprocessing: str = "torchvision"
     of_1001: str | None = None
-    leaves: Mapping[str, str] = field(default_factory=lambda: _TORCH)
     rename: Callable[[str], str | None] | None = None
 
     def torchvision_name(self, name: str) -> str | None:
@@ -42,14 +39,13 @@ class Layout:
         if self.rename is not None:
             return self.rename(name)
         module, _, leaf = name.rpartition(".")
-        return f"{self.modules[module]}.{self.leaves[leaf]}" if module in self.modules and leaf in self.leaves else name
+        return f"{self.modules[module]}.{leaf}" if module in self.modules else name
 
     def own_name(self, name: str) -> str:
         """What this layout calls the tensor ``name`` of torchvision, whose name stands where several rules apply."""
         module, _, leaf = name.rpartition(".")
         own = {ours: theirs for theirs, ours in reversed(list(self.modules.items()))}
-        leaves = {ours: theirs for theirs, ours in reversed(list(self.leaves.items()))}
-        return f"{own[module]}.{leaves[leaf]}" if self.rename is None else name
+        return f"{own[module]}.{leaf}" if self.rename is None else name
 
 
 def layout_of(names: Sequence[str]) -> Layout | None:

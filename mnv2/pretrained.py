@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -71,11 +71,12 @@ def follow(config: ConfigT, weights: Weights | None, say: Callable[[str], None] 
         if say is None or name == "alpha":
             continue
         if None not in (asked, own) and asked != own:
-            say(f"--{name} {asked} is not what {weights.source}'s weights were made with ({own}): mind the accuracy")
+            had = "is usual for weights from" if name in weights.assumed else "was recorded with weights from"
+            say(f"--{name} {asked} goes, where {own} {had} {weights.source}: mind the accuracy")
         if asked is None and own is None:
             say(f"--{name} {usual} is taken, since {weights.path} doesn't say what its network wants")
     if say is not None and weights.resize not in (None, config.resize):
-        say(f"--resize {config.resize} is not what {weights.source}'s weights were made with ({weights.resize})")
+        say(f"--resize {config.resize} goes, where {weights.path} was trained with {weights.resize}")
     return replace(config, **decided)
 
 
@@ -90,25 +91,51 @@ def find(config: NetworkConfig, world: World = ALONE) -> Weights | None:
         InputError: the file is missing, damaged, no weights, or of another width than ``--alpha``; nothing is there of
             the variant, and the message says what to put where.
     """
-    asked = config.pretrained
-    if asked is False:
+    if config.pretrained is False:
         return None
+    hosts, there = zip(*world.gather((socket.gethostname(), _is_path(config))), strict=True)
     try:
-        if asked is True or (not os.path.exists(asked) and (asked in ORIGINS or by_file_name(asked))):
-            path = _published(config, world)
-        else:
-            path = str(asked)
-        weights = read(path, ema=getattr(config, "ema", True))
+        if len(set(there)) > 1:
+            raise InputError(
+                f"{config.pretrained} is a file for some processes, and none on {hosts[there.index(False)]}"
+            )
+        published = None if there[0] else _published(config, hosts, world)
+        weights = read(published or str(config.pretrained), ema=getattr(config, "ema", True))
+        if published is not None:
+            _check_published(weights)
+        problem, digest = None, weights.sha256
     except InputError as error:
-        raise InputError(f"--pretrained: {error}") from None
+        problem, digest = f"--pretrained: {error}", ""
+    problems, digests = zip(*world.gather((problem, digest)), strict=True)  # all go on alike, or none does
+    if problem := next(filter(None, problems), None):
+        raise InputError(problem)
+    if len(set(digests)) > 1:
+        raise InputError(f"--pretrained: expected the same weights for all processes, got others on some of {hosts}")
     if config.alpha is not None and weights.alpha is not None and widths(config.alpha) != widths(weights.alpha):
-        raise InputError(f"--alpha: {path} is of a network with alpha {weights.alpha}, got {config.alpha}")
+        raise InputError(f"--alpha: {weights.path} is of a network with alpha {weights.alpha}, got {config.alpha}")
     return weights
 
 
-def _published(config: NetworkConfig, world: World) -> str:
-    """The path of published weights in the weights folder, in each machine's."""
-    hosts = world.gather(socket.gethostname())
+def _is_path(config: NetworkConfig) -> bool:
+    """Whether a file or folder is asked for by its path, not what is published by its name."""
+    asked = config.pretrained
+    if not isinstance(asked, str):
+        return False
+    return os.path.exists(asked) or not (asked in ORIGINS or by_file_name(asked))
+
+
+def _check_published(weights: Weights) -> None:
+    """Raise InputError where a file with a published one's name is known not to be that."""
+    source = by_file_name(os.path.basename(weights.path))
+    if source is not None and source.weights.sha256 and not weights.sha256.startswith(source.weights.sha256):
+        raise InputError(
+            f"{weights.path} isn't what {source.origin} publishes under that name: expected SHA-256 "
+            f"{source.weights.sha256}, got {weights.sha256}; remove it, or name it by its path"
+        )
+
+
+def _published(config: NetworkConfig, hosts: Sequence[str], world: World) -> str:
+    """The path of published weights in the weights folder, in each machine's; ``hosts`` are the processes'."""
     problem = None
     if hosts.index(hosts[world.rank]) == world.rank and not _path(config):
         problem = _download(config)

@@ -29,11 +29,10 @@ def sources(alpha: float, resize: int) -> list[Source]:
     """What is published for a variant, best first; nothing where it isn't published.
 
     What mnv2 can read comes before what must be converted, what needs no further package before what does, and what has
-    a known checksum before what hasn't. Then torchvision comes first, with the weights that its profile was made for,
-    and MindSpore's before Google's, as they are the more accurate.
+    a known checksum before what hasn't; among equals the more accurate by its publisher's word.
     """
     found = [source for source in SOURCES if (source.alpha, source.resize) == (alpha, resize)]
-    return sorted(found, key=_reservations)
+    return sorted(found, key=lambda source: (_reservations(source), -source.accuracy.top1))
 
 
 def _reservations(source: Source) -> tuple[bool, ...]:

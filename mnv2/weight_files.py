@@ -141,12 +141,12 @@ def _unwrapped(path: str, content: Any, ema: bool) -> tuple[dict[str, Tensor], d
     state = content[found[0]] if found else content
     config = content.get("config")
     record: dict[str, Any] = {}
-    if "model" in found:  # ours, where it has a record of its training
+    if "model" in found and "classes" in content:  # ours, which has a record of its training
         names = ("alpha", "resize", "padding", "norm_eps", "preprocessing")
         if isinstance(config, dict):
             record = {name: config[name] for name in names if config.get(name) is not None}
             record["source"] = "mnv2"
-        if content.get("classes") is not None:
+        if content["classes"] is not None:
             record["classes"] = content["classes"]
     return state, record, bool(averages)
 
@@ -159,7 +159,14 @@ def _plain(path: str, tensors: Mapping[Any, Any]) -> dict[str, Tensor]:
         counter = name.endswith("num_batches_tracked") or name == "n_averaged"
         if value.layout != torch.strided or value.is_meta or not (counter or value.is_floating_point()):
             raise InputError(f"{path}: expected plain floats for {name}, got {value.dtype}")
-    return {_PREFIX.sub("", name): value for name, value in tensors.items() if name != "n_averaged"}
+    plain = {}
+    for name, value in tensors.items():
+        short = _PREFIX.sub("", name)
+        if short in plain:
+            raise InputError(f"{path} holds {name} beside another {short}")
+        plain[short] = value
+    plain.pop("n_averaged", None)
+    return plain
 
 
 def _read_folder(path: str) -> Content:

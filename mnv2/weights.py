@@ -29,7 +29,7 @@ from kernels.common import PADDINGS
 
 from . import weight_files
 from .atomic import replacing
-from .config import PREPROCESSING
+from .config import OPEN, PREPROCESSING
 from .errors import InputError, RunError
 from .labels import IMAGENET, imagenet_orders
 from .layouts import LAYOUTS, TORCHVISION, Layout, layout_of
@@ -55,14 +55,14 @@ class Weights:
     Args:
         path: the file or folder.
         state: the tensors.
-        source: whose layout the file has; "mnv2" for our own checkpoints.
+        source: whose they were: the layout of their first file, "mnv2" for our own checkpoints.
         alpha: width multiplier.
         resize: side in pixels of the pictures that it was trained with.
         classes: their names by number, empty for an output without a class.
         padding: as in ``MobileNetV2``.
         norm_eps: epsilon of every BatchNorm.
         preprocessing: evaluation's profile (``data.profile``).
-        sha256: of the file.
+        sha256: of their first file.
         averaged: these are a checkpoint's averaged weights.
         assumed: fields that the file doesn't tell and the layout's networks have.
     """
@@ -90,10 +90,10 @@ class Weights:
         return len(self.state[_CLASSIFIER + "weight"])
 
     def about(self) -> str:
-        """The file, whose layout it has, and what it doesn't tell and is taken as usual there."""
+        """The file, whose weights it holds, and what it doesn't tell and is taken as usual there."""
         shown = {name: getattr(self, name) for name in self.assumed} | {"classes": classes_in_words(self.classes)}
         assumed = ", ".join(f"{name} {shown[name]}" for name in self.assumed)
-        return f"{self}, by {self.source}'s names" + (f", where it's usual: {assumed}" if assumed else "")
+        return f"{self}, from {self.source}" + (f", where it's usual: {assumed}" if assumed else "")
 
     def load_into(self, model: MobileNetV2, *, classifier: bool = True) -> None:
         """Copy the weights into ``model``; without ``classifier`` its own stays.
@@ -179,8 +179,8 @@ def read(path: str, *, ema: bool = True) -> Weights:
     """Read weights of MobileNetV2 in any layout of ``layouts``.
 
     Args:
-        path: a safetensors file, torch's of a state dict or of a checkpoint, or a folder of transformers, known by
-            content, not by name.
+        path: a safetensors file, torch's of a state dict or of a checkpoint, MindSpore's, Keras's, or a folder of
+            transformers or timm, known by content, not by name.
         ema: take averaged weights where there are some.
 
     Raises:
@@ -199,9 +199,11 @@ def read(path: str, *, ema: bool = True) -> Weights:
     state = _checked(path, state, own_names, layout, record["alpha"])
     weights = Weights(path, state, layout.source, sha256=content.sha256, averaged=content.averaged)
     published = by_digest(record.get("sha256") or content.sha256)
-    usual = _published(published) if published else _usual(layout, weights.num_classes)
+    usual = _usual(layout, weights.num_classes)
+    if published is not None and len(imagenet_orders()[published.classes]) == weights.num_classes:
+        usual = _published(published)
     missing = {name: value for name, value in usual.items() if name not in record}
-    if published is None and "assumed" not in record:
+    if "source" not in usual and "assumed" not in record:
         missing["assumed"] = tuple(missing)
     return replace(weights, **missing, **record)
 
@@ -262,6 +264,8 @@ def _checked(
             checked[name] = torch.zeros((), dtype=torch.int64)  # not all count batches
             continue
         tensor, own = state[name], own_names[name]
+        if expected.is_floating_point() and not tensor.is_floating_point():
+            raise InputError(f"{path}: expected plain floats for {own}, got {tensor.dtype}")
         if tensor.shape != expected.shape:
             shape, alike = tuple(tensor.shape), sorted(tensor.shape) == sorted(expected.shape)
             raise InputError(
@@ -283,6 +287,9 @@ def _checked_record(path: str, record: Mapping[str, Any], outputs: int) -> dict[
     def names(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
+    def word(value: Any) -> bool:
+        return isinstance(value, str) and value.isprintable()
+
     checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "alpha": ("a number over 0, at most 100", lambda value: number(value, 100)),
         "resize": ("pixels", lambda value: isinstance(value, int) and number(value, 8192)),
@@ -290,29 +297,38 @@ def _checked_record(path: str, record: Mapping[str, Any], outputs: int) -> dict[
         "padding": (" or ".join(PADDINGS), PADDINGS.__contains__),
         "norm_eps": ("a number over 0 and under 1", lambda value: number(value, 1) and value < 1),
         "preprocessing": (" or ".join(PREPROCESSING), PREPROCESSING.__contains__),
-        "source": ("a name", lambda value: isinstance(value, str)),
-        "sha256": ("64 digits", lambda value: re.fullmatch("([0-9a-f]{64})?", str(value)) is not None),
-        "assumed": ("names", names),
+        "source": ("a name", word),
+        "sha256": ("64 digits", lambda value: word(value) and re.fullmatch("([0-9a-f]{64})?", value) is not None),
+        "assumed": ("fields", lambda value: names(value) and set(value) <= {*OPEN, "classes"}),
     }
+    if not isinstance(record, Mapping):
+        raise InputError(f"{path}: expected a record of {', '.join(checks)}, got {str(record)[:50]}")
     for name, value in record.items():
         if name not in checks:
             raise InputError(f"{path}: expected a record of {', '.join(checks)}, got {name!r}")
         expected, holds = checks[name]
         if value is not None and not holds(value):
-            raise InputError(f"{path}: expected {expected} as its record of {name}, got {str(value)[:50]}")
-    return {
-        name: tuple(value) if isinstance(value, list) and name == "assumed" else value for name, value in record.items()
-    }
+            raise InputError(f"{path}: expected {expected} as its record of {name}, got {ascii(str(value)[:50])[1:-1]}")
+    assumed = {"assumed": tuple(record["assumed"])} if record.get("assumed") is not None else {}
+    return {**record, **assumed}
 
 
 def _alpha(state: Mapping[str, Tensor]) -> float:
-    """The width multiplier whose network has most of the widths of ``state``, a published one if several have."""
+    """The width multiplier of a network with the widths of ``state``, a published one if it has them; else the nearest.
+
+    Others of the same widths make the same network.
+    """
     found = [len(state[name]) if name in state and state[name].dim() else 0 for name in _WIDTHS]
 
     def shared(alpha: float) -> int:
         return sum(map(operator.eq, found, widths(alpha)))
 
-    return max(_ALPHAS, key=shared)
+    best = max(_ALPHAS, key=shared)
+    if shared(best) == len(found):
+        return best
+    about = found[-2] / widths(1.0)[-2]  # of the last block, to half of a multiple of 8
+    finer = (round(about + step / 10000, 4) for step in range(-300, 301))
+    return max((best, *(alpha for alpha in finer if 0 < alpha <= 100)), key=shared)
 
 
 def widths(alpha: float) -> list[int]:

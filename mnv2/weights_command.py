@@ -10,21 +10,22 @@ from typing import Any
 
 from kernels.common import PADDINGS
 
+from .config import PREPROCESSING
 from .errors import InputError, exit_status
 from .flags import option, parse
 from .registry import by_digest, listing
 from .weights import Weights, classes_in_words, read
 
 PROGRAM = "mnv2.weights"
+_OVERRIDES = ("padding", "norm_eps", "preprocessing")
+_ANY = "weights in any layout: a file, or a folder of transformers or timm"
 
 
 @dataclass(frozen=True)
 class InspectConfig:
     """What is told of a file."""
 
-    file: str = option(
-        None, "weights in any layout: a file, or a folder of transformers", positional=True, metavar="FILE"
-    )
+    file: str = option(None, _ANY, positional=True, metavar="FILE")
     tensors: bool = option(False, "list names, shapes and types too")
     ema: bool = option(True, "take a checkpoint's averaged weights where it has them")
 
@@ -33,12 +34,11 @@ class InspectConfig:
 class ConvertConfig:
     """What is written from what."""
 
-    source: str = option(
-        None, "weights in any layout: a file, or a folder of transformers", positional=True, metavar="SRC"
-    )
+    source: str = option(None, _ANY, positional=True, metavar="SRC")
     destination: str = option(None, "safetensors file to write", positional=True, metavar="DST")
     padding: str | None = option(None, "in place of what the file or its layout says", choices=PADDINGS)
     norm_eps: float | None = option(None, "in place of what the file or its layout says", also=("--eps",))
+    preprocessing: str | None = option(None, "in place of what the file or its layout says", choices=PREPROCESSING)
     ema: bool = option(True, "take a checkpoint's averaged weights where it has them")
 
     def __post_init__(self) -> None:
@@ -55,8 +55,8 @@ def described(weights: Weights) -> str:
 
     rows: dict[str, Any] = {
         "file": weights,
-        "layout": weights.source,
-        "SHA-256": weights.sha256,
+        "from": weights.source,
+        "SHA-256 of the first": weights.sha256,
         "alpha": weights.alpha,
         "parameters": f"{sum(t.numel() for name, t in weights.state.items() if _learnt(name)):,}",
         "outputs": weights.num_classes,
@@ -99,7 +99,7 @@ def convert(config: ConvertConfig) -> None:
     if os.path.lexists(config.destination):
         raise InputError(f"DST: expected a new file, and {config.destination} exists")
     weights = read(config.source, ema=config.ema)
-    given = {name: getattr(config, name) for name in ("padding", "norm_eps") if getattr(config, name) is not None}
+    given = {name: getattr(config, name) for name in _OVERRIDES if getattr(config, name) is not None}
     weights = replace(weights, **given, assumed=tuple(name for name in weights.assumed if name not in given))
     weights.save(config.destination)
     print(described(weights))

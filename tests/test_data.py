@@ -13,11 +13,12 @@ from samples import photo, write_undecodable
 
 import mnv2
 from mnv2 import data, pil_pictures
+from mnv2.config import PREPROCESSING
 from mnv2.data import Augmentation, Loader, Profile, SyntheticLoader, picture_pipeline, profile, steps_per_epoch
 from mnv2.distributed import World
 from mnv2.errors import InputError, RunError
 
-PROFILES = ("reference", "torchvision", "timm", "tf")
+PROFILES = ("reference", "torchvision", "torchvision_v2", "timm", "tf")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,8 @@ def test_profiles_are_those_published():
     assert [profile("torchvision", resize).shorter for resize in (224, 192, 160, 128, 96)] == [256, 219, 182, 146, 109]
     assert profile("timm", 224) == Profile(224, 256, cubic=True)
     assert profile("tf", 192).shorter == 219
+    assert [profile("torchvision_v2", resize).shorter for resize in (224, 192)] == [232, 199]
+    assert set(PROFILES) == set(PREPROCESSING)
     assert (profile("tf", 224).mean, profile("tf", 224).std) == ((127.5,) * 3, (127.5,) * 3)
     assert profile("torchvision", 224).mean == pytest.approx((123.675, 116.28, 103.53))
     assert profile("torchvision", 224).std == pytest.approx((58.395, 57.12, 57.375))

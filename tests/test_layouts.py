@@ -15,9 +15,10 @@ from torch import nn
 from mnv2 import MobileNetV2, weights, weights_command
 from mnv2.errors import InputError
 from mnv2.labels import BACKGROUND, imagenet_classes
-from mnv2.layouts import LAYOUTS, layout_of
+from mnv2.layouts import KERAS, LAYOUTS, MINDSPORE, TORCHVISION, layout_of
 from mnv2.model import VARIANTS, layer_shapes
 from mnv2.pretrained import follow
+from mnv2.weight_files import Content
 from mnv2.weights import Weights, load, read
 
 IDENTIFIERS = [identifier for identifier, _ in imagenet_classes()]
@@ -186,6 +187,49 @@ def test_the_order_of_the_classes_goes_by_the_layout(tmp_path, source, outputs, 
     assert ("classes" in found.assumed) == (classes is not None)
 
 
+# What networks of each layout are, and the classes of 1000 and 1001 outputs: typed from their libraries.
+USUAL = {
+    "torchvision": ("symmetric", 1e-5, "torchvision", None, None),
+    "tonylins": ("symmetric", 1e-5, "torchvision", IDENTIFIERS, None),
+    "d-li14": ("symmetric", 1e-5, "torchvision", IDENTIFIERS, None),
+    "timm": ("symmetric", 1e-5, "timm", IDENTIFIERS, None),
+    "transformers": ("same", 1e-3, "tf", IDENTIFIERS, ["background", *IDENTIFIERS]),
+    "keras": ("same", 1e-3, "tf", IDENTIFIERS, None),
+    "mindspore": ("symmetric", 1e-5, "reference", IDENTIFIERS, [*IDENTIFIERS, ""]),
+}
+
+
+def test_what_is_usual_of_each_layout():
+    assert {layout.source for layout in (*LAYOUTS, KERAS, MINDSPORE)} == USUAL.keys()
+    for layout in (*LAYOUTS, KERAS, MINDSPORE):
+        of_1000, of_1001 = (weights._usual(layout, outputs) for outputs in (1000, 1001))
+        rules = tuple(of_1000[name] for name in ("padding", "norm_eps", "preprocessing"))
+        assert (*rules, of_1000.get("classes"), of_1001.get("classes")) == USUAL[layout.source]
+    assert (IDENTIFIERS[0], IDENTIFIERS[-1]) == ("n01440764", "n15075141")
+
+
+@pytest.mark.parametrize("alpha", [0.33, 0.62, 0.875, 1.77, 3.2])
+def test_any_width_is_told_by_the_shapes(tmp_path, alpha):
+    torch.save(MobileNetV2(alpha, 3).state_dict(), tmp_path / "x")
+    assert weights.widths(read(str(tmp_path / "x")).alpha) == weights.widths(alpha)
+
+
+def test_a_tensor_under_two_prefixes_is_refused(model, tmp_path):
+    state = model.state_dict()
+    torch.save({**state, "module.features.0.0.weight": torch.zeros(16, 3, 3, 3)}, tmp_path / "x")
+    with pytest.raises(InputError, match="holds module.features.0.0.weight beside another features.0.0.weight"):
+        read(str(tmp_path / "x"))
+
+
+def test_whole_numbers_are_no_weights(model, monkeypatch):
+    """As quantised files of Keras and MindSpore hold them."""
+    state = dict(model.state_dict())
+    content = Content({**state, "features.0.0.weight": state["features.0.0.weight"].char()}, "", layout=TORCHVISION)
+    monkeypatch.setattr(weights.weight_files, "read", lambda path, ema: content)
+    with pytest.raises(InputError, match="x: expected plain floats for features.0.0.weight, got torch.int8"):
+        read("x")
+
+
 def write_folder(folder, state, config, name="model.safetensors", processor=None):
     folder.mkdir(parents=True)
     own = in_layout(state, "transformers")
@@ -323,11 +367,18 @@ def test_what_was_converted_is_read_back_with_its_record(tmp_path, capsys):
     assert weights_command.main(["convert", source, other, "--padding", "symmetric", "--eps", "1e-5"]) == 0
     after = read(other)
     assert (after.padding, after.norm_eps, after.assumed) == ("symmetric", 1e-5, ("preprocessing", "classes"))
+    third = str(tmp_path / "third")
+    assert weights_command.main(["convert", other, third, "--preprocessing", "timm"]) == 0
+    assert (read(third).preprocessing, read(third).assumed) == ("timm", ("classes",))
 
 
-@pytest.mark.parametrize(
-    "record", ['{"alpha": true}', '{"classes": ["a"]}', '{"colour": "red"}', '{"resize": 0.5}', "["]
-)
+RECORDS = [
+    '{"alpha": true}', '{"classes": ["a"]}', '{"colour": "red"}', '{"resize": 0.5}', "[", "[]", "3", "null",
+    '{"sha256": 1%s}' % ("0" * 63), '{"assumed": ["foo"]}', '{"source": "x\\ny"}', '{"norm_eps": NaN}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record", RECORDS)
 def test_a_damaged_record_is_refused(model, tmp_path, record):
     path = str(tmp_path / "x.safetensors")
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

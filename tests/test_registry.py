@@ -196,13 +196,16 @@ def test_the_network_of_an_origin_and_its_pictures():
 def test_what_needs_least_comes_first():
     origins = {variant: [source.origin for source in registry.sources(*variant)] for variant in ALL_VARIANTS}
     assert origins[1.0, 224] == [
-        *("torchvision", "torchvision", "timm", "timm", "d-li14", "d-li14", "transformers"),
+        *("timm", "timm", "d-li14", "d-li14", "torchvision", "torchvision", "transformers"),
         *("mindspore", "keras", "tf-slim"),
     ]
     assert origins[0.75, 192] == ["mindspore", "keras", "tf-slim"]
     assert origins[0.75, 160] == ["transformers", "mindspore", "keras", "tf-slim"]
     assert all(found[-3:] == ["mindspore", "keras", "tf-slim"] for found in origins.values())
-    assert registry.sources(1.0, 224)[0].name == "mobilenet_v2-b0353104.pth"
+    assert registry.sources(1.0, 224)[0].name == "mobilenetv2_100.ra_in1k.safetensors"
+    for variant in ALL_VARIANTS:
+        ready = [source for source in registry.sources(*variant) if source.weights.sha256 and not source.package]
+        assert [source.accuracy.top1 for source in ready] == sorted((s.accuracy.top1 for s in ready), reverse=True)
     assert registry.sources(0.6, 224) == registry.sources(0.75, 100) == []
 
 

@@ -308,6 +308,8 @@ REFUSED = {
     "other-names": (edited("optimizer", {}), "", r"last.pt is damaged \(KeyError: 'state'\)"),
     "dangling": (lambda path: (path.unlink(), path.symlink_to("nowhere")), "", "can't read .*last.pt: No such file"),
     "alpha": (None, "--alpha 0.5", "last.pt is of training with --alpha 0.35, got --alpha 0.5"),
+    "mean": (None, "--preprocessing tf", r"of training with pictures of mean and std \(\(123.*, got .*127.5"),
+    "no-alpha": (edited("config.alpha", "x"), "", "last.pt is damaged: expected its --alpha, got 'x'"),
     "batch": (None, "--batch_size 5", "last.pt is of training with --batch_size 4, got --batch_size 5"),
     "classes": (None, "--num_classes 7", "last.pt is of training with 3 classes, got 7 classes"),
     "seed": (None, "--seed 1", "last.pt is of training with --seed 0, got --seed 1"),
@@ -418,9 +420,21 @@ def test_a_torn_line_of_the_log_stays_alone(trained, folder):
     assert json.loads(lines[torn + 1])["event"] == "resume"
 
 
+def test_the_network_and_its_pictures_are_the_checkpoints_without_a_flag(photos, tmp_path):
+    """Padding, epsilon, width and preprocessing, none of them as usual."""
+    words = ["--data_url", str(photos), "--resize", "32", "--batch_size", "4", "--ckpt_save_dir", str(tmp_path)]
+    own = ["--alpha", "0.35", "--padding", "same", "--norm_eps", "1e-3", "--preprocessing", "tf"]
+    assert train.main([*words, *own, "--epoch_size", "1"]) == 0
+    assert train.main([*words, "--epoch_size", "2", "--resume"]) == 0
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert content["progress"]["epoch"] == 2
+    expected = {"alpha": 0.35, "padding": "same", "norm_eps": 1e-3, "preprocessing": "tf"}
+    assert {name: content["config"][name] for name in expected} == expected
+
+
 def test_other_evaluations_are_not_compared_with_the_best_so_far(trained, folder, capsys):
     words = [*trained[1], "--ckpt_save_dir", str(folder), "--epoch_size", "2", "--resume"]
-    assert train.main([*words, "--preprocessing", "tf"]) == 0
+    assert train.main([*words, "--preprocessing", "timm"]) == 0
     assert "the best evaluation so far doesn't count from here on" in capsys.readouterr().out
     assert torch.load(folder / "best.pt", weights_only=True)["progress"]["best_epoch"] == 2
 

@@ -246,7 +246,7 @@ RECIPE = {
     "alpha": 0.35, "resize": 32, "epoch_size": 3, "batch_size": 5, "max_lr": 0.02, "min_lr": 0.001, "momentum": 0.6,
     "smooth_factor": 0.3, "hflip": 0.2, "crop_scale": (0.5, 0.9), "crop_ratio": (0.8, 1.1), "seed": 7, "dropout": 0.4,
     "padding": "same", "norm_eps": 1e-3, "warmup_epochs": 1, "weight_decay": 1e-3, "num_parallel_workers": 1,
-    "save_activations": "X",
+    "save_activations": "X", "preprocessing": "tf",
 }  # fmt: skip
 
 
@@ -274,7 +274,15 @@ def test_training_is_what_its_flags_say(photos, tmp_path, monkeypatch):
     train.train(config, World())
     handle.remove()
 
-    augmentation = {"resize": 32, "scale": (0.5, 0.9), "ratio": (0.8, 1.1), "hflip": 0.2}
+    tf = profile("tf", 32)
+    augmentation = {
+        "resize": 32,
+        "scale": (0.5, 0.9),
+        "ratio": (0.8, 1.1),
+        "hflip": 0.2,
+        "mean": tf.mean,
+        "std": tf.std,
+    }
     assert seen["Augmentation"] == augmentation
     assert (seen["Loader"]["batch_size"], seen["Loader"]["seed"], seen["Loader"]["threads"]) == (5, 7, 1)
     network = {"alpha": 0.35, "num_classes": 3, "dropout": 0.4, "backend": "auto", "padding": "same", "norm_eps": 1e-3}

@@ -38,7 +38,7 @@ def test_variants_stand_beside_what_was_published(photos, folder, capsys):
     assert output.err == "validate.py: --sweep: expected weights of every variant named, got none of 1.0_192\n"
     assert output.out.count("val: 11 pictures") == 1  # which are looked at once
     assert "no weights of alpha 1.0 at 192 px" in output.out
-    assert "--resize 48 is not what mnv2's weights were made with (32)" in output.out
+    assert "mobilenetv2_0.5_48.safetensors was trained with 32" in output.out
     heading, small, large, none = rows(output.out)
     assert heading == ["variant", "top-1", "top-5", "pictures", "Google", "MindSpore", "d-li14", "weights"]
     assert none == ["1.0_192", "70.7", "71.3", "71.1", "none"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import finish, start
 from safetensors.torch import save_file
 from samples import in_layout, save_weights
 
@@ -177,14 +178,12 @@ def test_true_looks_into_the_weights_folder(model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match=r"no weights of alpha 0.6 at 224 px in .*none \(none is published\); none"):
         find(config(alpha=0.6))
-    theirs, own = tmp_path / "mobilenet_v2_0.35_96", tmp_path / "mobilenetv2_0.35_96.safetensors"
-    theirs.mkdir()
-    save_file(in_layout(model.state_dict(), "transformers"), theirs / "model.safetensors")
-    (theirs / "config.json").write_text('{"model_type": "mobilenet_v2", "depth_multiplier": 0.35}')
+    theirs, own = tmp_path / "mobilenet_v2_0.35_96.ckpt", tmp_path / "mobilenetv2_0.35_96.safetensors"
+    save_file(in_layout(model.state_dict(), "transformers"), theirs)
     assert find(wanted).source == "transformers"
     save_file(contiguous(model), own)
     assert find(wanted).path == str(own)
-    assert find(replace(wanted, pretrained="transformers")).path == str(theirs)
+    assert find(replace(wanted, pretrained="mindspore")).path == str(theirs)
     with pytest.raises(InputError, match=r"timm publishes none that can be read\); put there"):
         find(replace(wanted, pretrained="timm"))
     with pytest.raises(InputError, match=f"can't download .*; put it by hand at {tmp_path}/mobilenet_v2-7ebf99e0.pth$"):
@@ -199,29 +198,81 @@ def test_true_looks_into_the_weights_folder(model, tmp_path, monkeypatch):
     assert find(replace(wanted, pretrained="timm")).path == "timm"
 
 
-def test_what_is_missing_is_downloaded_once_a_machine(model, tmp_path, monkeypatch):
+def test_what_is_missing_is_downloaded(model, tmp_path, monkeypatch):
     fetched = []
 
     def fetch(source, folder):
         fetched.append(source.name)
-        torch.save(in_layout(model.state_dict(), "timm"), tmp_path / source.name)
+        torch.save(model.state_dict(), tmp_path / source.name)
 
     monkeypatch.setattr(pretrained, "fetch", fetch)
-    wanted = config(alpha=0.5, pretrained="timm", weights_dir=str(tmp_path))
-    with pytest.raises(InputError, match="--alpha: .*mobilenetv2_050.* is of a network with alpha 0.35, got 0.5"):
-        find(wanted)  # which is all that is wrong with it
-    find(replace(wanted, alpha=None, resize=192, pretrained=str(tmp_path / fetched[0])))
-    with pytest.raises(InputError, match="got 0.5"):
+    wanted = config(alpha=0.35, resize=192, weights_dir=str(tmp_path))
+    for asked in (True, "mindspore", "mobilenet_v2_0.35_192.ckpt"):
+        assert find(replace(wanted, pretrained=asked)).path == str(tmp_path / "mobilenet_v2_0.35_192.ckpt")
+    assert fetched == ["mobilenet_v2_0.35_192.ckpt"]
+    with pytest.raises(InputError, match="^--alpha: .*0.35_192.ckpt is of a network with alpha 0.35, got 0.5"):
+        find(replace(wanted, alpha=0.5, pretrained=fetched[0]))
+
+
+def test_what_has_a_published_name_is_what_was_published(model, tmp_path):
+    path = tmp_path / "mobilenet_v2-7ebf99e0.pth"
+    torch.save(model.state_dict(), path)
+    wanted = config(pretrained=path.name, weights_dir=str(tmp_path))
+    with pytest.raises(InputError, match=f"{path} isn't what torchvision publishes .*expected SHA-256 7ebf99e0, got"):
         find(wanted)
-    assert len(fetched) == 1
-    name = "mobilenet_v2-7ebf99e0.pth"
-    assert find(config(pretrained=name, weights_dir=str(tmp_path))).path == str(tmp_path / name)
-    assert fetched[1:] == [name]
+    assert find(replace(wanted, pretrained=str(path))).path == str(path)
+
+
+SEVERAL = """
+import os, sys, torch
+from mnv2 import pretrained
+from mnv2.config import ValidateConfig
+from mnv2.distributed import world
+from mnv2.errors import InputError
+folder, state = sys.argv[1], torch.load(sys.argv[2])
+def fetch(source, place):
+    print("fetched", flush=True)
+    torch.save(state, os.path.join(place, source.name))
+pretrained.fetch = fetch
+def told(**given):
+    try:
+        return pretrained.find(ValidateConfig(alpha=0.35, weights_dir=folder, **given), here).source
+    except InputError as error:
+        return str(error)
+with world("cpu") as here:
+    lines = here.gather(told(resize=96, pretrained="mindspore"))
+    os.chdir(os.path.join(folder, str(here.rank)))
+    lines += here.gather(told(pretrained="mobilenet_v2-7ebf99e0.pth"))
+    lines += here.gather(told(pretrained="other"))
+    lines += here.gather(told(pretrained="own"))
+    here.print("\\n".join(lines))
+"""
+
+
+def test_processes_find_the_same_or_nothing(model, tmp_path):
+    """One downloads; a file that one alone has, or has otherwise, is refused by all, and none waits for another."""
+    (tmp_path / "several.py").write_text(SEVERAL)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+        torch.save(MobileNetV2(0.35, 3 + int(rank)).state_dict(), tmp_path / rank / "other")
+    for name in ("own", "mobilenet_v2-7ebf99e0.pth"):
+        torch.save(model.state_dict(), tmp_path / "0" / name)
+    done = finish(start(tmp_path / "several.py", tmp_path, tmp_path / "state.pt", processes=2))
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr
+    assert sum(one.stdout.count("fetched") for one in done) == 1
+    *_, first, second, a, b, c, d, e, f = done[0].stdout.splitlines()
+    assert first == second == "torchvision"
+    assert a == b
+    assert "7ebf99e0.pth is a file for some processes, and none on" in a
+    assert c == d
+    assert "expected the same weights for all processes" in c
+    assert e == f == "--pretrained: can't read own: No such file or directory"
 
 
 def test_a_published_file_is_known_again(model, tmp_path, monkeypatch):
     path = str(tmp_path / "renamed")
-    torch.save(model.state_dict(), path)
+    torch.save(MobileNetV2(0.35).state_dict(), path)
     assert weights.read(path).preprocessing == "torchvision"
     (source,) = (source for source in SOURCES if "7ebf99e0" in source.name)
     seen = []
@@ -230,6 +281,13 @@ def test_a_published_file_is_known_again(model, tmp_path, monkeypatch):
     assert (found.preprocessing, found.resize, found.assumed) == ("torchvision_v2", 192, ())
     assert found.sha256 == seen[0] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert weights.classes_in_words(found.classes) == "ImageNet-1k's"
+
+    converted = str(tmp_path / "converted")
+    found.save(converted)
+    again = weights.read(converted)
+    assert (seen[-1], again.sha256, again.preprocessing) == (found.sha256, found.sha256, "torchvision_v2")
+    torch.save(model.state_dict(), path)  # of four classes, whatever its checksum
+    assert weights.read(path).classes is None
 
 
 def test_averaged_weights_are_taken_where_there_are_some(model, tmp_path):
