@@ -277,8 +277,9 @@ def export_weights(config: ExportConfig, here: World) -> Iterator[str]:
     )
     yield (
         f"alpha {model.alpha}, pictures [batch, 3, {side}, {side}], {weights.num_classes} classes, "
-        f"preprocessing {config.preprocessing}, weights: {weights.about()}"
+        f"preprocessing {config.preprocessing}"
     )
+    yield f"weights: {weights.about()}"
     yield (
         f"run by {kind.runtime} beside the trained network in fp64, made-up pictures in batches of 1 and "
         f"{config.batch_size}"
