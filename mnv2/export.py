@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ from .formats import FORMATS, Exported, Run, check_format, onnx_packages
 from .labels import class_names
 from .model import MobileNetV2
 from .precision import dtype, numerics
-from .pretrained import build, find, follow
+from .pretrained import build
+from .serving import learnt
 from .weights import Weights
 
 # How far logits may be from those of the trained network in fp64, as a share of the largest. Rounding alone takes a
@@ -59,14 +61,17 @@ class ExportConfig(TrainedConfig):
     def __post_init__(self) -> None:
         """Check every value that doesn't need the weights to be looked at."""
         super().__post_init__()
-        check_format(
-            self.format,
-            padding=self.padding,
-            fold=self.fold,
-            dtype=dtype(self.precision),
-            dynamic_size=self.dynamic_size,
-            resize=self.resize,
-        )
+        check_format(self.format, padding=self.padding, **self.settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What ``export`` and ``check_format`` take of the file."""
+        return {
+            "resize": self.resize,
+            "fold": self.fold,
+            "dtype": dtype(self.precision),
+            "dynamic_size": self.dynamic_size,
+        }
 
     @property
     def place(self) -> str:
@@ -80,26 +85,34 @@ class Agreement(NamedTuple):
     """How a file's logits compare with the trained network's in fp64, on made-up pictures.
 
     ``difference`` is the largest, ``largest`` the network's largest logit, ``tolerance`` the share of it that a
-    difference may be; ``same`` of ``pictures`` have the same class first, or one that is as likely to within it.
+    difference may be. ``same`` of ``pictures`` have the same class first; ``tied`` have another, whose logit is behind
+    in the network too by no more than a difference may be.
     """
 
     difference: float
     largest: float
     tolerance: float
     same: int
+    tied: int
     pictures: int
+
+    @property
+    def allowed(self) -> float:
+        """The most that a logit may differ by."""
+        return self.tolerance * self.largest
 
     @property
     def holds(self) -> bool:
         """Whether the file is right."""
-        return self.difference <= self.tolerance * self.largest and self.same == self.pictures
+        return self.difference <= self.allowed and self.same + self.tied == self.pictures
 
     def __str__(self) -> str:
         """The figures, on one line."""
         share = self.difference / self.largest if self.largest else self.difference
+        tied = f", tied to within {self.allowed:.2g} for {self.tied}" if self.tied else ""
         return (
             f"logits differ by at most {self.difference:.2g}, {share:.2g} of the largest ({self.tolerance:g} is "
-            f"allowed), top-1 is the same for {self.same} of {self.pictures} pictures"
+            f"allowed), top-1 is the same for {self.same} of {self.pictures} pictures{tied}"
         )
 
 
@@ -127,7 +140,8 @@ def export(
         dtype: fp32 or fp16, of weights, pictures and logits.
         dynamic_size: pictures of any size from 33 pixels a side, with symmetric padding.
         batch_size: pictures of the second batch of the check; the first has one.
-        about: what the file tells of itself beside what this call does: any names, and values that JSON has.
+        about: what the file tells of itself beside what this call does: any names, and values that JSON has. Unfolded
+            safetensors take what ``Weights`` records, its ``resize`` by the name ``trained_at``, and no more.
 
     Raises:
         InputError: an argument is wrong, or a package is missing.
@@ -163,15 +177,18 @@ def compare(run: Run, exported: Exported, batch_size: int) -> Agreement:
         raise RunError(f"expected logits of shape {tuple(expected.shape)}, got {tuple(got.shape)}")
     if not expected.isfinite().all():
         raise RunError("the network itself gives numbers that aren't finite for made-up pictures")
-    largest, tolerance = expected.abs().max().item(), TOLERANCES[exported.dtype]
-    behind = expected.amax(1) - expected.gather(1, got.argmax(1, keepdim=True)).squeeze(1)
-    return Agreement(
+    first = got.argmax(1)
+    same = first == expected.argmax(1)
+    behind = expected.amax(1) - expected.gather(1, first[:, None]).squeeze(1)
+    found = Agreement(
         difference=(got - expected).abs().max().item(),
-        largest=largest,
-        tolerance=tolerance,
-        same=int((behind <= tolerance * largest).sum()),
+        largest=expected.abs().max().item(),
+        tolerance=TOLERANCES[exported.dtype],
+        same=int(same.sum()),
+        tied=0,
         pictures=len(expected),
     )
+    return found._replace(tied=int((~same & (behind <= found.allowed)).sum()))
 
 
 def _made_up(exported: Exported, batch_size: int) -> list[Tensor]:
@@ -185,9 +202,13 @@ def _made_up(exported: Exported, batch_size: int) -> list[Tensor]:
 
 
 def record(config: ExportConfig, weights: Weights) -> dict[str, Any]:
-    """What is known of the weights and their pictures, as ``config`` decided; what isn't is left out."""
+    """What is known of the weights and their pictures, as ``config`` decided; what isn't is left out.
+
+    The side of the pictures that they were trained with is ``trained_at``: ``resize`` is that of the file's.
+    """
     known = weights.record() | {name: getattr(config, name) for name in OPEN}
     known["assumed"] = tuple(name for name in weights.assumed if known[name] == getattr(weights, name))
+    known["trained_at"] = known.pop("resize")
     return {name: value for name, value in known.items() if value is not None}
 
 
@@ -214,18 +235,20 @@ def check_output(config: ExportConfig, weights: Weights) -> None:
         return
     if config.output is None:
         raise InputError(f"--output: {config.place} is there already; name it with --output to replace it")
-    if os.path.samefile(config.place, weights.path):
+    if any(os.path.samefile(config.place, path) for path in _files(weights.path)):
         raise InputError(f"--output: expected another file than the weights' own, got {config.place}")
+
+
+def _files(path: str) -> list[str]:
+    """The file ``path``, or what is in the folder ``path``."""
+    if not os.path.isdir(path):
+        return [path]
+    return [entry.path for entry in os.scandir(path) if os.path.exists(entry.path)]  # no links to nowhere
 
 
 def export_weights(config: ExportConfig, here: World) -> Iterator[str]:
     """Export the weights of ``config``; gives what is to be printed."""
-    if here.size > 1:
-        raise InputError(f"expected one process, got {here.size}")
-    weights = find(config, here)
-    if weights is None:
-        raise InputError("--pretrained: expected weights, got False, which is a network that has learnt nothing")
-    config = follow(config, weights, lambda line: print(line, file=sys.stderr))
+    config, weights = learnt(config, here, partial(print, file=sys.stderr))
     check_output(config, weights)
     model = build(config, weights.num_classes, weights)
     about = {
@@ -239,10 +262,7 @@ def export_weights(config: ExportConfig, here: World) -> Iterator[str]:
             model,
             config.place,
             config.format,
-            resize=config.resize,
-            fold=config.fold,
-            dtype=dtype(config.precision),
-            dynamic_size=config.dynamic_size,
+            **config.settings,
             batch_size=config.batch_size,
             about=about,
         )
@@ -256,8 +276,10 @@ def export_weights(config: ExportConfig, here: World) -> Iterator[str]:
         f"{os.path.getsize(config.place) / 2**20:.2f} MiB"
     )
     yield (
-        f"alpha {model.alpha}, pictures [batch, 3, {side}, {side}], {weights.num_classes} classes, weights: {weights}"
+        f"alpha {model.alpha}, pictures [batch, 3, {side}, {side}], {weights.num_classes} classes, "
+        f"preprocessing {config.preprocessing}"
     )
+    yield f"weights: {weights.about()}"
     yield (
         f"run by {kind.runtime} beside the trained network in fp64, made-up pictures in batches of 1 and "
         f"{config.batch_size}"

@@ -174,11 +174,9 @@ def write_safetensors(exported: Exported, path: str) -> Run:
     """Weights for mnv2: folded those that ``InferenceNetwork.load`` reads, else those that ``--pretrained`` takes."""
     model = exported.model
     if exported.fold:
-        fold(model, exported.dtype).save(path)
+        fold(model, exported.dtype).save(path, exported.told())
         return InferenceNetwork.load(path, backend="torch")
-    named = {field.name for field in dataclasses.fields(Weights)}
-    record = {name: value for name, value in exported.told().items() if name in named}
-    Weights(path, model.state_dict(), **record).save(path)
+    _weights(exported, path).save(path)
     network = MobileNetV2(
         model.alpha,
         classifier_of(model).out_features,
@@ -186,8 +184,21 @@ def write_safetensors(exported: Exported, path: str) -> Run:
         padding=model.padding,
         norm_eps=model.norm_eps,
     )
-    read(path).load_into(network)
+    try:
+        read(path).load_into(network)
+    except InputError as error:
+        if not str(error).startswith(f"{path}: "):
+            raise
+        # The tensors are fine: it is the record, and all but what the network itself has is the caller's.
+        raise InputError(f"about: {str(error).removeprefix(f'{path}: ')}") from None
     return network.eval()
+
+
+def _weights(exported: Exported, path: str) -> Weights:
+    """The network as weights, with what they record; of the resolution that is what they were trained at."""
+    weights = Weights(path, exported.model.state_dict())
+    told = {**exported.told(), "resize": exported.about.get("trained_at")}
+    return dataclasses.replace(weights, **{name: told[name] for name in weights.record() if name in told})
 
 
 FORMATS = {

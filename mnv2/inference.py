@@ -295,23 +295,28 @@ class InferenceNetwork(nn.Module):
                 )
         return super()._apply(fn, recurse)
 
-    def save(self, path: str) -> None:
+    def save(self, path: str, about: Mapping[str, Any] | None = None) -> None:
         """Write weights, type, shapes, padding and backend to the safetensors file ``path``, all of it or nothing.
+
+        ``about`` is anything else that its metadata should tell, under that name, in values that JSON has.
 
         Raises:
             RunError: it can't be written; what was there before still is.
         """
-        about = {
+        network = {
             "alpha": self.alpha,
             "num_classes": self.num_classes,
             "padding": self.padding,
             "backend": self.backend,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        metadata = {"format": FORMAT, "network": json.dumps(network)}
+        if about is not None:
+            metadata["about"] = json.dumps(about)
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         try:
             with replacing(path) as temporary:
-                save_file(state, temporary, metadata={"format": FORMAT, "network": json.dumps(about)})
+                save_file(state, temporary, metadata=metadata)
         except (OSError, SafetensorError) as error:
             raise RunError(f"can't write {path}: {error}") from None
 

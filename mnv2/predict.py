@@ -4,8 +4,9 @@
 
 A FILE is a picture, a folder with pictures in it or below it, or `-` for one picture from stdin. The pictures are
 prepared as validate.py prepares them, and go through the folded network. Each gives its path, its likeliest classes,
-and the best one as a dictionary of number and name; with `--json`, one object a line. What can't be decoded is named on
-stderr, the others are predicted, and the exit status is 1. `--help` lists the flags.
+and the best one as a dictionary of number and name; with `--json`, one object a line. stderr says which weights these
+are and what was assumed of them. What can't be decoded is named there too, the others are predicted, and the exit
+status is 1. `--help` lists the flags.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,7 +34,8 @@ from .inference import InferenceNetwork
 from .inputs import files_loader
 from .labels import class_names
 from .precision import autocast, numerics
-from .pretrained import find, follow, serving
+from .pretrained import serving
+from .serving import learnt
 from .weights import Weights
 
 
@@ -123,15 +126,12 @@ def answers(
 
 def predict(config: PredictConfig, here: World) -> Iterator[Answer | Problem]:
     """What is in the pictures of ``config``, and what failed."""
-    if here.size > 1:
-        raise InputError(f"expected one process, got {here.size}")
-    weights = find(config, here)
-    if weights is None:
-        raise InputError("--pretrained: expected weights, got False, which is a network that has learnt nothing")
-    config = follow(config, weights, lambda line: print(line, file=sys.stderr))
+    say = partial(print, file=sys.stderr)  # stdout has the answers alone
+    config, weights = learnt(config, here, say)
     if config.save is not None:
         require_pillow("--save")
         os.makedirs(config.save, exist_ok=True)
+    say(f"weights: {weights.about()}")
     with tempfile.TemporaryDirectory() as folder:
         pictures = []
         for found in find_pictures(config.files, folder):

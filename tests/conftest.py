@@ -152,6 +152,27 @@ def test_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def model():
+    """A network of the three classes of ``photos``, in evaluation; not to be changed."""
+    from samples import CLASSES, settled
+
+    from mnv2 import MobileNetV2
+
+    torch.manual_seed(0)
+    return settled(MobileNetV2(0.35, num_classes=len(CLASSES)))
+
+
+@pytest.fixture(scope="session")
+def weights(model, tmp_path_factory) -> Path:
+    """A checkpoint of ``model``."""
+    from samples import CLASSES, save_weights
+
+    path = tmp_path_factory.mktemp("weights") / "last.pt"
+    save_weights(path, model, list(CLASSES))
+    return path
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """A data folder of 23 training and 11 validation pictures in three classes."""
     from samples import write_photos

@@ -43,6 +43,7 @@ def photo(seed: int, width: int, height: int) -> Image.Image:
 
 SIZES = ((96, 64), (50, 90), (64, 64), (131, 77), (40, 41))
 CLASSES = ("ant", "bee", "cat")
+SMALL = ["--alpha", "0.35", "--resize", "32", "--device", "cpu"]  # flags of what the fixture ``weights`` is of
 
 
 def write_photos(folder: Path, count: int, classes=CLASSES, start: int = 0) -> list[Path]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from samples import CLASSES, photo, save_weights, settled, write_photos, write_undecodable
+from samples import CLASSES, SMALL, photo, save_weights, write_photos, write_undecodable
 
 from bench.peers import import_torchvision, require
 from mnv2 import MobileNetV2, audit, audit_report, caption, data, pil_pictures
@@ -26,21 +26,6 @@ from mnv2.data import Loader, Profile, profile
 from mnv2.distributed import World
 from mnv2.engine import evaluate
 from mnv2.fold import fold
-
-SMALL = ["--alpha", "0.35", "--resize", "32", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return settled(MobileNetV2(0.35, num_classes=3))
-
-
-@pytest.fixture(scope="module")
-def weights(model, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "last.pt"
-    save_weights(path, model, list(CLASSES))
-    return path
 
 
 @pytest.fixture(scope="module")

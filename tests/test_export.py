@@ -17,7 +17,8 @@ import pytest
 import torch
 from processes import environment
 from safetensors import safe_open
-from samples import save_weights, settled
+from safetensors.torch import save_file
+from samples import in_layout, save_weights, settled
 from torch import nn
 
 from mnv2 import InferenceNetwork, MobileNetV2, __version__, export, fold, formats, plain, weights
@@ -190,6 +191,9 @@ def test_files_say_what_they_hold(exported, folder):
     torch.export.load(exported("torch"), extra_files=file)
     again = json.loads(file[formats.ABOUT])
     assert told == {name: value if isinstance(value, str) else json.dumps(value) for name, value in again.items()}
+    with safe_open(exported("safetensors"), "pt") as file:
+        folded = json.loads(file.metadata()["about"])
+    assert folded == {**again, "resize": 33, "input": export.preparation("tf", 33)}
     assert (again["alpha"], again["resize"], again["padding"], again["norm_eps"]) == (0.35, 36, "same", 1e-3)
     assert (again["classes"], again["class_names"]) == (CLASSES, NAMES)
     assert (again["weights"], again["source"], again["mnv2_version"]) == ("same.pt", "mnv2", __version__)
@@ -217,18 +221,38 @@ def test_unfolded_safetensors_are_the_weights_themselves(exported):
     assert metadata["format"] == "mnv2 weights, 1"
     found = read(exported("safetensors, unfolded"))
     assert (found.classes, found.padding, found.norm_eps, found.preprocessing) == (CLASSES, "same", 1e-3, "tf")
-    assert (found.alpha, found.resize, found.source, found.assumed) == (0.35, 33, "mnv2", ())
+    assert (found.alpha, found.resize, found.source, found.assumed) == (0.35, None, "mnv2", ())
+
+
+@pytest.mark.parametrize("resize", [160, None])
+def test_the_resolution_of_training_is_kept_and_not_made_up(tmp_path, resize, capsys):
+    known = {"norm_eps": 1e-3} | ({"resize": resize} if resize else {})
+    save_weights(tmp_path / "symmetric.pt", trained(), CLASSES, **known)
+    # --padding is given, and is as usual: it stays an assumption of the weights'; --preprocessing is another.
+    case = {"format": "safetensors", "resize": 32}
+    assert run(tmp_path, {**case, "fold": False, "preprocessing": "tf"}, "--output", tmp_path / "made") == 0
+    output = capsys.readouterr()
+    assert (f"--resize 32 is not what mnv2's weights were made with ({resize})" in output.err) == bool(resize)
+    usual = "padding symmetric, preprocessing torchvision"
+    assert f"\nweights: {tmp_path / 'symmetric.pt'}, by mnv2's names, where it's usual: {usual}\n" in output.out
+    found = read(str(tmp_path / "made"))
+    assert (found.resize, found.preprocessing, found.assumed) == (resize, "tf", ("padding",))
+    assert run(tmp_path, case, "--output", tmp_path / "folded") == 0
+    with safe_open(tmp_path / "folded", "pt") as file:
+        told = json.loads(file.metadata()["about"])
+    assert (told["resize"], told["input"]["centre_crop"], told.get("trained_at")) == (32, 32, resize)
 
 
 def test_what_is_printed(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     case = {"format": "safetensors", "resize": 32}
     assert run(folder, case) == 0
-    made, network, runs, checked = capsys.readouterr().out.splitlines()
+    made, network, source, runs, checked = capsys.readouterr().out.splitlines()
     (name,) = os.listdir()
     assert name == "mobilenetv2_0.35_32_folded.safetensors"
     assert made == f"{name}: weights for mnv2, fp32, BatchNorm folded, {os.path.getsize(name) / 2**20:.2f} MiB"
-    assert network == f"alpha 0.35, pictures [batch, 3, 32, 32], 4 classes, weights: {folder / 'symmetric.pt'}"
+    assert network == "alpha 0.35, pictures [batch, 3, 32, 32], 4 classes, preprocessing tf"
+    assert source == f"weights: {folder / 'symmetric.pt'}, by mnv2's names"
     assert runs == "run by mnv2 beside the trained network in fp64, made-up pictures in batches of 1 and 3"
     assert checked.startswith("logits differ by at most ")
     assert checked.endswith(" of the largest (0.001 is allowed), top-1 is the same for 4 of 4 pictures")
@@ -277,19 +301,31 @@ def test_a_wrong_file_does_not_take_the_old_ones_place(folder, tmp_path, monkeyp
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_ties_are_not_told_as_the_same_class(tmp_path):
+    model = MobileNetV2(0.1, 4).eval()
+    nn.init.zeros_(model.classifier[1].weight)
+    model.classifier[1].bias.data = torch.tensor([9.998, 10.0, 0, 0])  # the first two are the same in fp16
+    found = export.export(model, str(tmp_path / "file"), "safetensors", resize=8, dtype=torch.float16)
+    assert (found.same, found.tied, found.pictures) == (0, 4, 4)
+    assert str(found).endswith("top-1 is the same for 0 of 4 pictures, tied to within 0.5 for 4")
+
+
 def test_the_check_counts_differences_and_flips():
-    agreement = export.Agreement(1e-3, 1.0, 1e-3, 4, 4)
+    agreement = export.Agreement(1e-3, 1.0, 1e-3, same=3, tied=1, pictures=4)
     assert agreement.holds
+    assert agreement._replace(same=0, tied=4).holds
+    assert str(agreement).endswith(", top-1 is the same for 3 of 4 pictures, tied to within 0.001 for 1")
     assert not agreement._replace(difference=1.1e-3).holds
     assert not agreement._replace(difference=float("nan")).holds
-    assert not agreement._replace(same=3).holds
+    assert not agreement._replace(same=2).holds
     model = MobileNetV2(0.1, 3).eval()
     subject = formats.Exported(model, 8, True, torch.float32, False, {})
     nn.init.zeros_(model.classifier[1].weight)
     model.classifier[1].bias.data = torch.tensor([1.0, 0.9999, 0.99])
-    for shift, same in (([0, 0.0002, 0], 3), ([0, 0, 0.02], 0)):  # as likely to within the tolerance; another class
+    # The same class; another, as likely to within the tolerance; another.
+    for shift, same, tied in (([0.0002, 0, 0], 3, 0), ([0, 0.0002, 0], 0, 3), ([0, 0, 0.02], 0, 0)):
         found = export.compare(lambda x, shift=shift: model(x) + torch.tensor(shift), subject, 2)
-        assert (found.same, found.pictures, found.largest) == (same, 3, 1.0)
+        assert (found.same, found.tied, found.pictures, found.largest) == (same, tied, 3, 1.0)
         assert found.difference == pytest.approx(max(shift), rel=1e-2)
     with pytest.raises(RunError, match=r"expected logits of shape \(3, 3\), got \(3, 2\)"):
         export.compare(lambda x: model(x)[:, :2], subject, 2)
@@ -349,6 +385,22 @@ def test_what_cant_be_is_one_line(folder, tmp_path, monkeypatch, words, status, 
     assert (folder / "symmetric.pt").read_bytes() == before
 
 
+def test_a_folders_own_files_are_not_overwritten(tmp_path, capsys):
+    own = tmp_path / "model.safetensors"
+    save_file(in_layout(trained().state_dict(), "timm"), own)
+    (tmp_path / "config.json").write_text('{"architecture": "mobilenetv2_035"}')
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "link").symlink_to(own)
+    before = own.read_bytes()
+    words = ["--format", "safetensors", "--resize", "32", "--norm_eps", "1e-3", "--pretrained", str(tmp_path)]
+    for name in ("model.safetensors", "config.json", "link"):
+        assert export.main([*words, "--output", str(tmp_path / name)]) == 1
+        error = capsys.readouterr().err
+        assert f"mnv2.export: --output: expected another file than the weights' own, got {tmp_path / name}\n" in error
+    assert own.read_bytes() == before
+    assert export.main([*words, "--output", str(tmp_path / "folded.safetensors")]) == 0
+
+
 def test_one_process_alone(folder):
     config = export.ExportConfig(pretrained=str(folder / "symmetric.pt"))
     with pytest.raises(InputError, match="expected one process, got 2"):
@@ -377,10 +429,19 @@ def test_the_functions_own_arguments(tmp_path):
     with pytest.raises(RunError, match="can't write .*missing"):
         export.export(MobileNetV2(0.1, 4), str(tmp_path / "missing" / "file"), "torch", resize=8)
     model = MobileNetV2(0.1, 4, backend="torch").train()  # is exported as it is in evaluation, and stays in training
-    about = {"licence": "Apache-2.0"}
-    found = export.export(model, str(tmp_path / "file"), "safetensors", resize=8, fold=False, about=about)
+    path, words = str(tmp_path / "file"), {"format": "safetensors", "resize": 8, "fold": False}
+    about = {"licence": "Apache-2.0", "path": "x", "state": "y", "averaged": True, "classes": CLASSES}
+    found = export.export(model, path, **words, about=about)
     assert found.pictures == 4
     assert model.training
+    made, before = read(path), Path(path).read_bytes()
+    assert (made.path, made.averaged, made.classes, made.resize) == (path, False, CLASSES, None)
+    with pytest.raises(InputError, match=r"^about: expected 4 names as its record of classes, got \['bee'\]$"):
+        export.export(model, path, **words, about={"classes": ["bee"]})
+    nn.init.constant_(model.features[0][1].running_var, -1)
+    with pytest.raises(InputError, match=r"holds features.0.1.running_var with numbers that aren't finite, or var"):
+        export.export(model, path, **words)
+    assert Path(path).read_bytes() == before
 
 
 def test_the_plain_network_shares_nothing_with_the_trained_one():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import environment
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from samples import settled
 from torch import nn
@@ -234,7 +236,9 @@ def test_a_file_gives_the_same_network(tmp_path, dtype):
     network = fold(trained(0.1, 4, padding="same"), dtype)
     path = str(tmp_path / "folded.safetensors")
     network.save(path)
-    network.save(path)  # over itself
+    network.save(path, {"class_names": ["Persian cat", "dog"]})  # over itself
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["about"]) == {"class_names": ["Persian cat", "dog"]}
     assert [entry.name for entry in tmp_path.iterdir()] == ["folded.safetensors"]
     loaded = InferenceNetwork.load(path, backend="torch")
     assert (loaded.dtype, loaded.padding, loaded.backend) == (dtype, "same", "torch")

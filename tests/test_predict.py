@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from samples import CLASSES, photo, save_weights, settled, write_photos, write_undecodable
+from samples import CLASSES, SMALL, photo, save_weights, write_photos, write_undecodable
 
 from mnv2 import MobileNetV2, caption, files, predict
 from mnv2.data import Loader, profile
@@ -22,21 +22,6 @@ from mnv2.distributed import World
 from mnv2.engine import evaluate
 from mnv2.fold import fold
 from mnv2.labels import class_names
-
-SMALL = ["--alpha", "0.35", "--resize", "32", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return settled(MobileNetV2(0.35, num_classes=3))
-
-
-@pytest.fixture(scope="module")
-def weights(model, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "last.pt"
-    save_weights(path, model, list(CLASSES))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +37,12 @@ def told(capsys) -> dict[str, list[dict]]:
     """Classes by path, of ``--json``."""
     lines = map(json.loads, capsys.readouterr().out.splitlines())
     return {line["path"]: line["classes"] for line in lines}
+
+
+def about(path: Path) -> str:
+    """What stderr says of a checkpoint's weights."""
+    usual = "padding symmetric, norm_eps 1e-05, preprocessing torchvision"
+    return f"weights: {path}, by mnv2's names, where it's usual: {usual}\n"
 
 
 def probabilities(model, pictures) -> list[list[float]]:
@@ -92,6 +83,17 @@ def test_the_text_has_path_classes_and_the_best_of_them(weights, pictures, capsy
     assert ast.literal_eval(best) == {CLASSES.index(name): name}
 
 
+def test_what_was_assumed_is_said_once_and_not_among_the_answers(weights, pictures, capsys):
+    assert run(*pictures[:3], "--pretrained", weights, "--batch_size", 1, "--json") == 0
+    output = capsys.readouterr()
+    assert output.err == about(weights)
+    assert [json.loads(line)["path"] for line in output.out.splitlines()] == list(map(str, pictures[:3]))
+    assert run(pictures[0], "--pretrained", weights, "--padding", "same") == 0
+    assert capsys.readouterr().err == (
+        f"--padding same is not what mnv2's weights were made with (symmetric): mind the accuracy\n{about(weights)}"
+    )
+
+
 def test_bad_files_are_named_and_the_others_predicted(weights, pictures, tmp_path, capsys):
     (tmp_path / "cut.jpg").write_bytes(pictures[1].read_bytes()[:-300])
     shutil.copy(pictures[2], os.fsencode(tmp_path) + b"/\xff.jpg")
@@ -119,7 +121,7 @@ def test_folders_give_their_pictures_in_order(weights, pictures, tmp_path, capsy
     assert list(told(capsys)) == list(map(str, pictures))
     assert run(tmp_path, "--pretrained", weights) == 1
     problem = f"mnv2.predict: {tmp_path} holds no pictures; passed over as no pictures by name: 1 .txt\n"
-    assert capsys.readouterr() == ("", problem)
+    assert capsys.readouterr() == ("", about(weights) + problem)
 
 
 def test_a_folder_that_cant_be_read_is_named(tmp_path, monkeypatch):
@@ -140,12 +142,12 @@ def test_one_picture_comes_from_stdin(weights, pictures, monkeypatch, tmp_path, 
     assert told(capsys) == {"-": expected}
     assert os.listdir(tmp_path) == ["stdin.jpeg"]
     assert run("-", "--pretrained", weights) == 1  # nothing is left of it
-    assert capsys.readouterr() == ("", "mnv2.predict: - is empty\n")
+    assert capsys.readouterr() == ("", about(weights) + "mnv2.predict: - is empty\n")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(pictures[0].read_bytes())))
     assert run("-", "-", "--pretrained", weights, "--json") == 1
     output = capsys.readouterr()
     assert json.loads(output.out)["classes"] == expected
-    assert output.err == "mnv2.predict: - was given before, and stdin holds one picture\n"
+    assert output.err == about(weights) + "mnv2.predict: - was given before, and stdin holds one picture\n"
 
 
 def test_saved_pictures_have_their_label_drawn_on_them(weights, tmp_path, capsys):
@@ -193,7 +195,9 @@ def test_what_cant_be_saved_is_predicted_and_named(weights, pictures, monkeypatc
     assert run(pictures[0], "--pretrained", weights, "--save", tmp_path, "--json") == 1
     output = capsys.readouterr()
     assert json.loads(output.out)["path"] == str(pictures[0])
-    assert output.err == f"mnv2.predict: {pictures[0]} can't be saved with its label: the disk is full\n"
+    assert (
+        output.err == f"{about(weights)}mnv2.predict: {pictures[0]} can't be saved with its label: the disk is full\n"
+    )
 
 
 def test_classes_have_the_names_that_are_known():
@@ -225,7 +229,7 @@ def test_numbers_that_arent_finite_are_no_answer(model, pictures, tmp_path, caps
     assert run(pictures[0], "--pretrained", tmp_path / "w") == 1
     assert capsys.readouterr() == (
         "",
-        f"mnv2.predict: {pictures[0]} makes the network give numbers that aren't finite\n",
+        f"{about(tmp_path / 'w')}mnv2.predict: {pictures[0]} makes the network give numbers that aren't finite\n",
     )
 
 
