@@ -38,7 +38,8 @@ from .flags import option, parse, parse_pretrained
 from .labels import class_index, class_names, read_labels
 from .logs import versions, with_progress
 from .precision import autocast, input_dtype, numerics
-from .pretrained import find, follow, serving
+from .pretrained import find, follow
+from .serving import ready
 from .weights import Weights
 
 EVERY = "all"
@@ -149,7 +150,7 @@ class Network:
     """The folded network of ``weights``, as an evaluation runs it."""
 
     def __init__(self, config: AuditConfig, here: World, weights: Weights):
-        self._folded = serving(config, here, weights, config.batch_size)
+        self._folded = ready(config, here, weights, config.batch_size)
         self._precision, self._device = config.precision, here.device
 
     @torch.inference_mode()

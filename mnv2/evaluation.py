@@ -11,16 +11,13 @@ from .config import ValidateConfig
 from .data import Loader, SyntheticLoader
 from .distributed import World
 from .engine import Evaluation, evaluate
-from .errors import RunError
 from .files import Pictures, prepare
-from .fold import fold
-from .inference import InferenceNetwork
 from .inputs import evaluation_loader
 from .logs import evaluation_lines
-from .model import MobileNetV2
 from .precision import autocast, dtype
 from .predictions import FIRST, write
 from .pretrained import build, follow
+from .serving import folded
 from .warmup import warm_up
 from .weights import Weights
 
@@ -62,16 +59,8 @@ def make_network(config: ValidateConfig, world: World, trained: Weights | None, 
     )
     model = model.to(world.device).eval()
     shape, kind = (config.batch_size, config.resize), dtype(config.precision)
-    network = folded(model, kind) if config.fold else None
+    network = folded(model, kind, " (--fold false goes without)") if config.fold else None
     if config.explain:
         world.print(model.explain(*shape, kind) if network is None else network.explain(*shape))
     warm_up(partial(model.warmup, *shape, kind) if network is None else partial(network.warmup, *shape), world)
     return model if network is None else network
-
-
-def folded(model: MobileNetV2, kind: torch.dtype) -> InferenceNetwork:
-    """The network with BatchNorm folded, in the precision asked for."""
-    try:
-        return fold(model, kind)
-    except ValueError as error:
-        raise RunError(f"can't fold BatchNorm (--fold false goes without): {error}") from None

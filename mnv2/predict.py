@@ -34,8 +34,7 @@ from .inference import InferenceNetwork
 from .inputs import files_loader
 from .labels import class_names
 from .precision import autocast, numerics
-from .pretrained import serving
-from .serving import learnt
+from .serving import learnt, ready
 from .weights import Weights
 
 
@@ -108,7 +107,7 @@ def answers(
     config: PredictConfig, here: World, weights: Weights, pictures: Sequence[Picture]
 ) -> Iterator[Answer | Problem]:
     """What ``weights`` say to each of ``pictures``, in order."""
-    network = serving(config, here, weights, min(config.batch_size, len(pictures)))
+    network = ready(config, here, weights, min(config.batch_size, len(pictures)))
     names = class_names(weights.num_classes, weights.classes)
     for found in logits(config, here, network, pictures):
         if isinstance(found, Problem):

@@ -12,10 +12,7 @@ from .config import OPEN, NetworkConfig
 from .distributed import World
 from .download import DownloadError, fetch, find_file, offline_message, weights_folder
 from .errors import InputError, RunError
-from .fold import fold
-from .inference import InferenceNetwork
 from .model import MobileNetV2
-from .precision import dtype
 from .registry import SOURCES, by_file_name, sources
 from .weights import Weights, read, widths
 
@@ -38,23 +35,6 @@ def build(config: NetworkConfig, num_classes: int, weights: Weights | None, **se
     if weights is not None:
         weights.load_into(model)
     return model
-
-
-def serving(config: NetworkConfig, world: World, weights: Weights, batch: int) -> InferenceNetwork:
-    """The folded network of ``config`` and ``weights`` on its device, ready for batches of up to ``batch`` pictures.
-
-    Raises:
-        InputError: the weights don't fit.
-        RunError: the network can't be folded.
-    """
-    model = build(config, weights.num_classes, weights).to(world.device).eval()
-    try:
-        network = fold(model, dtype(config.precision))
-    except ValueError as error:
-        raise RunError(f"can't fold BatchNorm: {error}") from None
-    if world.device.type == "cuda":
-        network.warmup(batch, config.resize)
-    return network
 
 
 def follow(config: ConfigT, weights: Weights | None, say: Callable[[str], None] | None = None) -> ConfigT:
