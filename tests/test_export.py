@@ -234,7 +234,7 @@ def test_the_resolution_of_training_is_kept_and_not_made_up(tmp_path, resize, ca
     output = capsys.readouterr()
     assert (f"--resize 32 is not what mnv2's weights were made with ({resize})" in output.err) == bool(resize)
     usual = "padding symmetric, preprocessing torchvision"
-    assert f"\nweights: {tmp_path / 'symmetric.pt'}, by mnv2's names, where it's usual: {usual}\n" in output.out
+    assert f"\nweights: {tmp_path / 'symmetric.pt'}, from mnv2, where it's usual: {usual}\n" in output.out
     found = read(str(tmp_path / "made"))
     assert (found.resize, found.preprocessing, found.assumed) == (resize, "tf", ("padding",))
     assert run(tmp_path, case, "--output", tmp_path / "folded") == 0
@@ -252,7 +252,7 @@ def test_what_is_printed(folder, tmp_path, monkeypatch, capsys):
     assert name == "mobilenetv2_0.35_32_folded.safetensors"
     assert made == f"{name}: weights for mnv2, fp32, BatchNorm folded, {os.path.getsize(name) / 2**20:.2f} MiB"
     assert network == "alpha 0.35, pictures [batch, 3, 32, 32], 4 classes, preprocessing tf"
-    assert source == f"weights: {folder / 'symmetric.pt'}, by mnv2's names"
+    assert source == f"weights: {folder / 'symmetric.pt'}, from mnv2"
     assert runs == "run by mnv2 beside the trained network in fp64, made-up pictures in batches of 1 and 3"
     assert checked.startswith("logits differ by at most ")
     assert checked.endswith(" of the largest (0.001 is allowed), top-1 is the same for 4 of 4 pictures")

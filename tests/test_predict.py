@@ -42,7 +42,7 @@ def told(capsys) -> dict[str, list[dict]]:
 def about(path: Path) -> str:
     """What stderr says of a checkpoint's weights."""
     usual = "padding symmetric, norm_eps 1e-05, preprocessing torchvision"
-    return f"weights: {path}, by mnv2's names, where it's usual: {usual}\n"
+    return f"weights: {path}, from mnv2, where it's usual: {usual}\n"
 
 
 def probabilities(model, pictures) -> list[list[float]]:
