@@ -65,6 +65,7 @@ class Weights:
         sha256: of the file.
         averaged: these are a checkpoint's averaged weights.
         assumed: fields that the file doesn't tell and the layout's networks have.
+        wants: in words, how pictures are prepared where no profile does that.
     """
 
     path: str
@@ -79,6 +80,7 @@ class Weights:
     sha256: str = ""
     averaged: bool = False
     assumed: tuple[str, ...] = ()
+    wants: str | None = None
 
     def __str__(self) -> str:
         """The file, and whether these are a checkpoint's averaged weights."""
@@ -293,6 +295,7 @@ def _checked_record(path: str, record: Mapping[str, Any], outputs: int) -> dict[
         "source": ("a name", lambda value: isinstance(value, str)),
         "sha256": ("64 digits", lambda value: re.fullmatch("([0-9a-f]{64})?", str(value)) is not None),
         "assumed": ("names", names),
+        "wants": ("a printable line", lambda value: isinstance(value, str) and value.isprintable()),
     }
     for name, value in record.items():
         if name not in checks:
