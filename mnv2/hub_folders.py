@@ -137,11 +137,11 @@ class _Object:
         return tuple(values) if fits else self.refuse(name, f"three numbers from {least:g} to 10000")
 
     def sides(self, name: str, default: dict[str, int]) -> dict[str, int]:
-        """Pixels by the names of sides, by "" where the file names none."""
+        """Pixels by the names of sides; a number without names stands for all of ``default``."""
         value = self.get(name, default)
-        sides = value if isinstance(value, dict) else {"": value}
+        sides = value if isinstance(value, dict) else dict.fromkeys(default, value)
         known = {name: pixels for name, pixels in sides.items() if pixels is not None}
-        fits = 0 < len(known) < 4 and all(re.fullmatch("[a-z_]{0,20}", name) and _pixels(known[name]) for name in known)
+        fits = 0 < len(known) < 4 and all(re.fullmatch("[a-z_]{1,20}", name) and _pixels(known[name]) for name in known)
         return known if fits else self.refuse(name, "pixels")
 
     def object(self, name: str) -> _Object:
@@ -268,9 +268,9 @@ def _transformers_preprocessing(processor: _Object, resize: int | None) -> dict[
         mean, std = (0.0,) * 3, (1.0,) * 3
     size = processor.sides("size", {"shortest_edge": 256})
     crop = processor.sides("crop_size", {"height": 224, "width": 224})
-    resized: int | str = next(iter(size.values())) if size.keys() <= {"", "shortest_edge"} else _in_words(size)
-    square = len({*crop.values()}) == 1 and ("" in crop or crop.keys() == {"height", "width"})
-    cropped: int | str = next(iter(crop.values())) if square else f"centre of {_in_words(crop)}"
+    resized: int | str = size["shortest_edge"] if [*size] == ["shortest_edge"] else _in_words(size)
+    square = crop.keys() == {"height", "width"} and crop["height"] == crop["width"]
+    cropped: int | str = crop["height"] if square else f"centre of {_in_words(crop)}"
     if not processor.flag("do_center_crop", True):
         cropped = "not cropped"
     if processor.flag("do_pad", False):
