@@ -54,7 +54,8 @@ def follow(config: ConfigT, weights: Weights | None, say: Callable[[str], None] 
             had = "is usual for weights from" if name in weights.assumed else "was recorded with weights from"
             say(f"--{name} {asked} goes, where {own} {had} {weights.source}: mind the accuracy")
         if asked is None and own is None:
-            say(f"--{name} {usual} is taken, since {weights.path} doesn't say what its network wants")
+            said = f"asks for {weights.wants}, which no profile is" if weights.wants else "doesn't say what it wants"
+            say(f"--{name} {usual} is taken, since {weights.path} {said}")
     if say is not None and weights.resize not in (None, config.resize):
         say(f"--resize {config.resize} goes, where {weights.path} was trained with {weights.resize}")
     return replace(config, **decided)

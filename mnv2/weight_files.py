@@ -1,7 +1,7 @@
 """Files of weights as they are: tensors under the file's own names, and what it says of their network.
 
 Known by content, not by name: safetensors, torch's files of tensors, our checkpoints, MindSpore's, Keras's, and the
-folders of transformers. Nothing that a file holds is run.
+folders of transformers and timm. Nothing that a file holds is run.
 """
 
 from __future__ import annotations
@@ -21,15 +21,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import keras_file, mindspore_file
+from . import hub_folders, keras_file, mindspore_file
 from .errors import InputError
-from .labels import BACKGROUND, BACKGROUND_FIRST, IMAGENET, imagenet_classes, imagenet_orders
 from .layouts import KERAS, MINDSPORE, Layout
 
 FORMAT = "mnv2 weights, 1"
 FOLDED = "mnv2 inference network"
-CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
-_MEAN = [0.485, 0.456, 0.406]  # ImageNet's
 # Where others' checkpoints keep the weights, those of an average first where one is asked for.
 _AVERAGES = ("ema", "state_dict_ema", "model_ema")
 _PLAIN = ("model", "state_dict", "model_state_dict")
@@ -52,13 +49,14 @@ class Content:
 
 
 def read(path: str, *, ema: bool = True) -> Content:
-    """Read a file of weights, or a folder as transformers writes it; ``ema`` takes an average where there is one.
+    """Read a file of weights, or a folder of transformers or timm; ``ema`` takes an average where there is one.
 
     Raises:
         InputError: it can't be read, is damaged, or holds something else; the message begins with ``path``.
     """
     if os.path.isdir(path):
-        return _read_folder(path)
+        weights, said = hub_folders.read(path)
+        return replace(read(weights, ema=ema), record=said)
     start = _start(path)
     record: Mapping[str, Any] = {}
     averaged, layout = False, None
@@ -167,97 +165,3 @@ def _plain(path: str, tensors: Mapping[Any, Any]) -> dict[str, Tensor]:
         plain[short] = value
     plain.pop("n_averaged", None)
     return plain
-
-
-def _read_folder(path: str) -> Content:
-    """A folder as transformers' ``save_pretrained`` writes it, or timm's ``save_for_hf``."""
-    found = [name for name in WEIGHTS if os.path.isfile(os.path.join(path, name))]
-    if not found:
-        raise InputError(f"{path}: expected {' or '.join(WEIGHTS)} in the folder, got neither")
-    content = read(os.path.join(path, found[0]))
-    about = _read_json(os.path.join(path, CONFIG))
-    if "architecture" in about:
-        return replace(content, record=_timm_record(about))
-    record = _transformers_record(os.path.join(path, CONFIG), about)
-    processor = os.path.join(path, "preprocessor_config.json")
-    if os.path.exists(processor):
-        record["preprocessing"] = _transformers_preprocessing(_read_json(processor))
-    return replace(content, record=record)
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise InputError(f"can't read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: expected JSON, got something else ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected an object, got {type(content).__name__}")
-    return content
-
-
-def _transformers_record(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers' configuration of a MobileNetV2 says of the network.
-
-    Raises:
-        InputError: it is of another network than ours, whatever its weights look like.
-    """
-    alpha = config.get("depth_multiplier", 1.0)
-    wanted = {
-        "model_type": "mobilenet_v2",
-        "num_channels": 3,
-        "depth_divisible_by": 8,
-        "expand_ratio": 6,
-        "output_stride": 32,
-        "first_layer_is_expansion": True,
-        "hidden_act": "relu6",
-    }
-    if isinstance(alpha, int | float) and alpha < 1:  # else the head is as wide either way
-        wanted["finegrained_output"] = True
-    for name, value in wanted.items():
-        got = config.get(name, None if name == "model_type" else value)
-        if got != value:
-            raise InputError(f"{path}: expected {name} {value}, got {got}")
-    record = {
-        "alpha": alpha,
-        "padding": "same" if config.get("tf_padding", True) else "symmetric",
-        "norm_eps": config.get("layer_norm_eps", 1e-3),
-        "resize": config.get("image_size", 224),
-    }
-    return record | _transformers_classes(config.get("id2label"))
-
-
-def _transformers_classes(labels: Any) -> dict[str, Any]:
-    """The classes by a model's own names, ImageNet's WordNet ids where those are its names."""
-    try:
-        names = [str(labels[str(number)]) for number in range(len(labels))]
-    except (TypeError, KeyError):
-        return {}
-    if not names or all(name == f"LABEL_{number}" for number, name in enumerate(names)):
-        return {}
-    english = [names for _, names in imagenet_classes()]
-    background = names[0].lower() == BACKGROUND
-    if len(names) == len(english) + background and names[background].partition(",")[0] == english[0].partition(",")[0]:
-        return {"classes": imagenet_orders()[BACKGROUND_FIRST if background else IMAGENET]}
-    return {"classes": names}
-
-
-def _timm_record(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm's configuration says beside the weights: how pictures are prepared, and the classes' names."""
-    pretrained = config.get("pretrained_cfg")
-    about = pretrained if isinstance(pretrained, dict) else {}
-    usual = (about.get("mean"), about.get("crop_pct"), about.get("interpolation")) == (_MEAN, 0.875, "bicubic")
-    names = config.get("label_names")
-    return {"preprocessing": "timm" if usual or not about else None} | ({"classes": names} if names else {})
-
-
-def _transformers_preprocessing(processor: Mapping[str, Any]) -> str | None:
-    """The profile that normalises as ``processor`` does; None for none of ours."""
-    mean = processor.get("image_mean")
-    if mean == [0.5, 0.5, 0.5]:
-        return "tf"
-    if mean == _MEAN:
-        return "timm" if processor.get("resample") == 3 else "torchvision"  # PIL's number of bicubic
-    return None

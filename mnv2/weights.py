@@ -65,6 +65,7 @@ class Weights:
         sha256: of their first file.
         averaged: these are a checkpoint's averaged weights.
         assumed: fields that the file doesn't tell and the layout's networks have.
+        wants: in words, how pictures are prepared where no profile does that.
     """
 
     path: str
@@ -79,6 +80,7 @@ class Weights:
     sha256: str = ""
     averaged: bool = False
     assumed: tuple[str, ...] = ()
+    wants: str | None = None
 
     def __str__(self) -> str:
         """The file, and whether these are a checkpoint's averaged weights."""
@@ -300,6 +302,7 @@ def _checked_record(path: str, record: Mapping[str, Any], outputs: int) -> dict[
         "source": ("a name", word),
         "sha256": ("64 digits", lambda value: word(value) and re.fullmatch("([0-9a-f]{64})?", value) is not None),
         "assumed": ("fields", lambda value: names(value) and set(value) <= {*OPEN, "classes"}),
+        "wants": ("a printable line", word),
     }
     if not isinstance(record, Mapping):
         raise InputError(f"{path}: expected a record of {', '.join(checks)}, got {str(record)[:50]}")

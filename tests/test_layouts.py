@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 
 import pytest
@@ -22,10 +21,6 @@ from mnv2.weight_files import Content
 from mnv2.weights import Weights, load, read
 
 IDENTIFIERS = [identifier for identifier, _ in imagenet_classes()]
-CONFIG = {
-    "model_type": "mobilenet_v2", "depth_multiplier": 0.35, "tf_padding": True, "layer_norm_eps": 1e-3,
-    "finegrained_output": True, "image_size": 96, "hidden_act": "relu6",
-}  # fmt: skip
 
 
 def network(num_classes=4, alpha=0.35, **settings):
@@ -230,70 +225,11 @@ def test_whole_numbers_are_no_weights(model, monkeypatch):
         read("x")
 
 
-def write_folder(folder, state, config, name="model.safetensors", processor=None):
-    folder.mkdir(parents=True)
-    own = in_layout(state, "transformers")
-    save_file(own, folder / name) if name.endswith("safetensors") else torch.save(own, folder / name)
-    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-    if processor:
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return str(folder)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize(("tf_padding", "padding"), [(True, "same"), (False, "symmetric")])
-def test_a_folder_of_transformers_says_what_its_network_is(tmp_path, name, tf_padding, padding):
-    model = network(norm_eps=2e-3, padding=padding)
-    config = {**CONFIG, "tf_padding": tf_padding, "layer_norm_eps": 2e-3}
-    path = write_folder(tmp_path / "a", model.state_dict(), config, name, {"image_mean": [0.5] * 3, "resample": 2})
-    found = read(path)
-    assert (found.padding, found.norm_eps, found.resize, found.preprocessing) == (padding, 2e-3, 96, "tf")
-    assert found.assumed == ()
-    x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(load(path)(x), model(x))
-    other = load(path, padding="same" if padding == "symmetric" else "symmetric", norm_eps=1e-5)
-    assert (other.padding, other.norm_eps) != (padding, 2e-3)
-    assert not torch.allclose(other(x), model(x))
-
-
 def test_a_bare_file_of_that_layout_is_taken_as_googles_and_says_so(model, tmp_path):
     save_file(in_layout(model.state_dict(), "transformers"), tmp_path / "x.safetensors")
     found = read(str(tmp_path / "x.safetensors"))
     assert (found.padding, found.norm_eps, found.preprocessing) == ("same", 1e-3, "tf")
     assert found.about().endswith("where it's usual: padding same, norm_eps 0.001, preprocessing tf")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"output_stride": 16}, "expected output_stride 32, got 16"),
-        ({"finegrained_output": False}, "expected finegrained_output True, got False"),
-        ({"model_type": "mobilenet_v1"}, "expected model_type mobilenet_v2, got mobilenet_v1"),
-        ("{}", "expected model_type mobilenet_v2, got None"),
-        ({"hidden_act": "silu"}, "expected hidden_act relu6, got silu"),
-        ({"first_layer_is_expansion": False}, "expected first_layer_is_expansion True"),
-        ({"depth_multiplier": "wide"}, "expected a number over 0, at most 100 as its record of alpha, got wide"),
-        ({"layer_norm_eps": -1}, "expected a number over 0 and under 1 as its record of norm_eps, got -1"),
-        ({"depth_multiplier": 1.0}, "expected .* at alpha 1.0"),
-        ("[1]", "expected an object, got list"),
-        ("{", "expected JSON, got something else"),
-    ],
-)
-def test_folders_of_other_networks_are_refused(model, tmp_path, change, words):
-    path = write_folder(tmp_path / "a", model.state_dict(), change if isinstance(change, str) else {**CONFIG, **change})
-    with pytest.raises(InputError, match=words):
-        read(path)
-
-
-@pytest.mark.parametrize(("interpolation", "profile"), [("bicubic", "timm"), ("bilinear", None)])
-def test_a_folder_of_timm_is_none_of_transformers(model, tmp_path, interpolation, profile):
-    pretrained = {"mean": [0.485, 0.456, 0.406], "crop_pct": 0.875, "interpolation": interpolation}
-    config = {"architecture": "mobilenetv2_035", "pretrained_cfg": pretrained, "label_names": ["a", "b", "c", "d"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(in_layout(model.state_dict(), "timm"), tmp_path / "model.safetensors")
-    found = read(str(tmp_path))
-    assert (found.source, found.padding, found.norm_eps) == ("timm", "symmetric", 1e-5)
-    assert (found.preprocessing, found.classes) == (profile, ["a", "b", "c", "d"])
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model."])
@@ -307,42 +243,6 @@ def test_checkpoints_of_training_are_taken_with_their_flags(model, tmp_path, pre
         found = read(str(tmp_path / "x"), ema=ema)
         assert found.averaged == ema
         assert torch.equal(found.state["classifier.1.bias"], model.classifier[1].bias + ema)
-
-
-def test_a_folder_without_its_configuration_is_refused(model, tmp_path):
-    path = write_folder(tmp_path / "a", model.state_dict(), CONFIG)
-    (tmp_path / "a" / "config.json").unlink()
-    with pytest.raises(InputError, match=r"can't read .*config.json: No such file"):
-        read(path)
-
-
-ENGLISH = [names for _, names in imagenet_classes()]
-
-
-@pytest.mark.parametrize(
-    ("labels", "classes"),
-    [
-        (["background", *ENGLISH], [BACKGROUND, *IDENTIFIERS]), (ENGLISH, IDENTIFIERS), (["a", "b"], ["a", "b"]),
-        ([f"LABEL_{number}" for number in range(3)], None),
-    ],
-    ids=["google", "imagenet", "own", "generic"],
-)  # fmt: skip
-def test_a_folders_own_names_are_its_classes(tmp_path, labels, classes):
-    labelled = {**CONFIG, "id2label": {str(number): name for number, name in enumerate(labels)}}
-    path = write_folder(tmp_path / "a", MobileNetV2(0.35, len(labels)).state_dict(), labelled)
-    assert read(path).classes == classes
-
-
-@pytest.mark.parametrize(
-    ("processor", "profile"),
-    [
-        ({"image_mean": [0.485, 0.456, 0.406], "resample": 3}, "timm"),
-        ({"image_mean": [0.485, 0.456, 0.406], "resample": 2}, "torchvision"),
-        ({"image_mean": [0.0, 0.0, 0.0]}, None),
-    ],
-)
-def test_a_folders_processor_tells_the_profile(model, tmp_path, processor, profile):
-    assert read(write_folder(tmp_path / "a", model.state_dict(), CONFIG, processor=processor)).preprocessing == profile
 
 
 def test_names_of_another_network_are_no_layout():

@@ -90,7 +90,7 @@ def test_what_was_assumed_is_said_once_and_not_among_the_answers(weights, pictur
     assert [json.loads(line)["path"] for line in output.out.splitlines()] == list(map(str, pictures[:3]))
     assert run(pictures[0], "--pretrained", weights, "--padding", "same") == 0
     assert capsys.readouterr().err == (
-        f"--padding same is not what mnv2's weights were made with (symmetric): mind the accuracy\n{about(weights)}"
+        f"--padding same goes, where symmetric is usual for weights from mnv2: mind the accuracy\n{about(weights)}"
     )
 
 

@@ -155,7 +155,10 @@ def test_what_nobody_says_is_told_too():
     said = []
     followed = follow(config(), weights.Weights("w.pth", {}, alpha=1.0, padding="same", norm_eps=1e-3), said.append)
     assert (followed.padding, followed.preprocessing) == ("same", "reference")
-    assert said == ["--preprocessing reference is taken, since w.pth doesn't say what its network wants"]
+    assert said.pop() == "--preprocessing reference is taken, since w.pth doesn't say what it wants"
+    other = weights.Weights("w.pth", {}, padding="same", norm_eps=1e-3, wants="mean 0 0 0")
+    follow(config(), other, said.append)
+    assert said == ["--preprocessing reference is taken, since w.pth asks for mean 0 0 0, which no profile is"]
 
 
 def test_without_weights_all_is_as_usual():
