@@ -63,7 +63,7 @@ def described(weights: Weights) -> str:
         origin("classes"): classes_in_words(weights.classes),
         origin("padding"): weights.padding,
         origin("norm_eps"): weights.norm_eps,
-        origin("preprocessing"): weights.preprocessing,
+        origin("preprocessing"): weights.preprocessing or (weights.wants and f"no profile: {weights.wants}"),
         "resize": weights.resize,
     }
     source = by_digest(weights.sha256) if weights.sha256 else None
