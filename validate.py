@@ -30,7 +30,10 @@ def validate(config: ValidateConfig, world: World) -> Evaluation:
     if config.results and world.rank == 0:
         check_place("--results", config.results)
     pictures = None if config.synthetic else list_pictures(config.data_url, "val", config.val_labels)
-    return evaluation(config, world, pictures, find(config, world))
+    trained = find(config, world)
+    if config.results and trained is not None:
+        trained.check_apart("--results", config.results)
+    return evaluation(config, world, pictures, trained)
 
 
 def sweep(config: ValidateConfig, world: World) -> None:
@@ -54,9 +57,9 @@ def sweep(config: ValidateConfig, world: World) -> None:
         world.print(f"\n{table(rows)}")
     missing = [row.name for row in rows if row.result is None]
     if config.sweep and missing:
-        raise InputError(f"--sweep: expected weights of every variant named, got none of {', '.join(missing)}")
+        raise InputError(f"--sweep: expected weights that fit of every variant named, got none of {', '.join(missing)}")
     if len(missing) == len(rows):
-        raise InputError("--sweep: expected weights of one variant at least, got none")
+        raise InputError("--sweep: expected weights that fit of one variant at least, got none")
 
 
 def sweep_one(config: ValidateConfig, world: World, pictures: Pictures | None) -> Row:
@@ -69,7 +72,11 @@ def sweep_one(config: ValidateConfig, world: World, pictures: Pictures | None) -
     except InputError as error:
         world.print(error)
         return row
-    return replace(row, weights=weights, result=evaluation(config, world, pictures, weights))
+    try:
+        return replace(row, weights=weights, result=evaluation(config, world, pictures, weights))
+    except InputError as error:  # for all processes, as they have the same pictures and weights
+        world.print(error)
+        return row
 
 
 def check_accuracy(config: ValidateConfig, result: Evaluation) -> None:

@@ -280,6 +280,8 @@ def audit(config: AuditConfig, here: World) -> Audit:
     listing = list_pictures(config)
     weights = find(config, here)
     config = follow(config, weights, None if config.preprocessing == EVERY else here.print)
+    if config.json is not None and weights is not None:
+        weights.check_apart("--json", config.json)
     network, labels = None, [-1] * len(listing.paths)
     here.print(f"{listing.folder}: {listing.words}\n{_sides()}")
     if weights is not None:

@@ -27,7 +27,7 @@ class CompareConfig:
 
     a: str = option(None, "results of one evaluation", positional=True, metavar="A")
     b: str = option(None, "results of the other", positional=True, metavar="B")
-    list: bool = option(False, "name the pictures that one alone has right")
+    list: bool = option(False, "name the pictures that one alone has right", action="store_true")
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,11 @@ def check_backend(backend: str, device: torch.device) -> None:
 def _pretrained(default: bool) -> Any:
     return option(
         default,
-        "a file or folder of weights, True for the best that is published of this variant, an origin for that one's "
+        "a file or folder of weights, True for what is published of this variant, an origin for that one's "
         "(torchvision, timm, d-li14, ...), or False",
         parse=parse_pretrained,
         const=True,
+        metavar="FILE|NAME|BOOL",
     )
 
 
@@ -287,8 +288,11 @@ class ValidateConfig(TrainedConfig, RunConfig):
         if self.sweep is not None:
             for name in ("results", "per_class", "expect"):
                 _require(self, name, lambda value: value in (None, False), "none with --sweep")
+            _require(self, "pretrained", lambda value: value is not False, "weights with --sweep")
         _require(self, "expect", lambda value: value is None or 0 <= value <= 1, "a share from 0 to 1")
         _require(self, "tolerance", lambda value: 0 <= value <= 1, "a share from 0 to 1")
+        if self.expect is None:
+            _require(self, "tolerance", lambda value: value == 0, "none without --expect")
 
 
 def _check(config: NetworkConfig, name: str, check: Callable[[Any], None]) -> None:

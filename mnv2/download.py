@@ -90,14 +90,20 @@ def fetch(source: Source, folder: str) -> str:
     return path
 
 
-def offline_message(alpha: float, resize: int, folder: str, cause: str) -> str:
-    """One line for whoever has no weights of a variant in ``folder``, for the reason ``cause``: what to put where."""
+def offline_message(alpha: float, resize: int, folder: str, cause: str, origin: str | None = None) -> str:
+    """One line for whoever has no weights of a variant in ``folder``, for the reason ``cause``: what to put where.
+
+    With an ``origin`` it tells only what that one publishes, where it publishes something.
+    """
     line = f"no weights of alpha {alpha} at {resize} px in {folder} ({cause}); "
-    others = [source for source in alternatives(alpha, resize) if source.resize != resize]
-    if not others and not _readable(alpha, resize):
+    here, near = _readable(alpha, resize), alternatives(alpha, resize)
+    if origin in {source.origin for source in (*here, *near)}:
+        here, near = ([source for source in found if source.origin == origin] for found in (here, near))
+    others = [source for source in near if source.resize != resize]
+    if not others and not here:
         alphas = ", ".join(str(value) for value in sorted({source.alpha for source in SOURCES}, reverse=True))
         return f"{line}none are published of this alpha, but of {alphas}: name a file of yours with --pretrained FILE"
-    own = " or ".join(_told(source) for source in _readable(alpha, resize)[:_SHOWN])
+    own = " or ".join(_told(source) for source in here[:_SHOWN])
     ways = [f"put there {own}"] if own else []
     if others:
         ways.append(f"name with --pretrained FILE what was trained at {others[0].resize} px, {_told(others[0])}")

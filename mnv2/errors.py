@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -26,6 +27,9 @@ def exit_status(script: str, action: Callable[[], None]) -> int:
     """Do ``action`` and return the exit status of ``script``; what is expected to go wrong becomes one line."""
     try:
         action()
+    except BrokenPipeError:  # whoever read has gone, and Python would say so again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (InputError, RunError, OSError) as error:
         sys.stderr.write(f"{script}: {error}\n")  # in one piece: the processes of a run share stderr
         return 1

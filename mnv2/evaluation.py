@@ -15,7 +15,7 @@ from .files import Pictures, prepare
 from .inputs import evaluation_loader
 from .logs import evaluation_lines
 from .precision import autocast, dtype
-from .predictions import FIRST, write
+from .predictions import FIRST, by_imagenets_numbers, write
 from .pretrained import build, follow
 from .serving import folded
 from .warmup import warm_up
@@ -26,7 +26,7 @@ def evaluation(config: ValidateConfig, world: World, pictures: Pictures | None, 
     """Evaluate the weights ``trained`` on ``pictures``, made-up ones for None, and print what came out."""
     config = follow(config, trained, world.print)
     loader: Loader | SyntheticLoader
-    classes = None
+    classes, names = None, []
     if pictures is None:
         total, num_classes = config.synthetic, config.num_classes or (trained.num_classes if trained else 1000)
         loader = SyntheticLoader(
@@ -36,16 +36,17 @@ def evaluation(config: ValidateConfig, world: World, pictures: Pictures | None, 
         pictures, index, num_classes = prepare(pictures, config, world, trained)
         total = len(pictures)
         loader = evaluation_loader(config, world, pictures, index)
-        classes = index.names(num_classes) if config.per_class else None
+        names = index.names(num_classes)
+        classes = names if config.per_class else None
     network = make_network(config, world, trained, num_classes)
     keep = min(FIRST, num_classes) if config.results or config.per_class else 0
     with autocast(config.precision, world.device):
         result = evaluate(network, loader, total, world, config.smooth_factor, keep=keep)
+    world.print(evaluation_lines(result, config.smooth_factor, classes))
     if config.results and world.rank == 0:
         assert pictures is not None
         assert result.predictions is not None
-        write(config.results, pictures.paths_below(), result.predictions)
-    world.print(evaluation_lines(result, config.smooth_factor, classes))
+        write(config.results, pictures.paths_below(), by_imagenets_numbers(result.predictions, names))
     return result
 
 

@@ -235,15 +235,7 @@ def check_output(config: ExportConfig, weights: Weights) -> None:
         return
     if config.output is None:
         raise InputError(f"--output: {config.place} is there already; name it with --output to replace it")
-    if any(os.path.samefile(config.place, path) for path in _files(weights.path)):
-        raise InputError(f"--output: expected another file than the weights' own, got {config.place}")
-
-
-def _files(path: str) -> list[str]:
-    """The file ``path``, or what is in the folder ``path``."""
-    if not os.path.isdir(path):
-        return [path]
-    return [entry.path for entry in os.scandir(path) if os.path.exists(entry.path)]  # no links to nowhere
+    weights.check_apart("--output", config.place)
 
 
 def export_weights(config: ExportConfig, here: World) -> Iterator[str]:

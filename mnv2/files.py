@@ -128,6 +128,7 @@ def prepare(
         trained=weights.classes if weights else None,
         folders=class_folders(config.data_url, "train"),
         outputs=outputs,
+        record=f"usual for {weights.source}" if weights and "classes" in weights.assumed else "the weights' own record",
     )
     outputs = outputs or len(index)
     if outputs < len(index):
@@ -140,6 +141,13 @@ def prepare(
         )
     pictures = check_pictures(pictures, config.bad_files, world)
     world.print(f"class numbers: {index.source}")
+    trained = {name: number for number, name in enumerate(weights.classes or ()) if name} if weights else {}
+    for name, number in index.numbers.items():
+        if trained.get(name, number) != number:
+            world.print(
+                f"--class_index: {name} is {number} here, and {trained[name]} for the weights: mind the accuracy"
+            )
+            break
     return pictures, index, outputs
 
 

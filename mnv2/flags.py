@@ -109,7 +109,7 @@ def _argument(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
         settings.setdefault("nargs", "?")
     settings["type"] = _told(parse_value or kind)
     if not settings.get("choices"):
-        settings.setdefault("metavar", getattr(kind, "__name__", "value").upper())
+        settings.setdefault("metavar", "BOOL" if kind is parse_bool else getattr(kind, "__name__", "value").upper())
     return settings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import warnings
@@ -164,8 +165,10 @@ def _quiet() -> Iterator[None]:
 def write_torch(exported: Exported, path: str) -> Run:
     """What ``torch.export.load`` reads, with or without mnv2."""
     made = program(exported)
+    content = io.BytesIO()  # a disk that is full would end the process within torch
+    torch.export.save(made, content, extra_files={ABOUT: json.dumps(exported.told())})
     with open(path, "wb") as file:
-        torch.export.save(made, file, extra_files={ABOUT: json.dumps(exported.told())})
+        file.write(content.getbuffer())
     with open(path, "rb") as file:
         return torch.export.load(file).module()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from kernels import PackedBlock, common, conv_relu6_mean, reference
@@ -315,8 +315,9 @@ class InferenceNetwork(nn.Module):
             metadata["about"] = json.dumps(about)
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         try:
-            with replacing(path) as temporary:
-                save_file(state, temporary, metadata=metadata)
+            content = save(state, metadata=metadata)
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                file.write(content)
         except (OSError, SafetensorError) as error:
             raise RunError(f"can't write {path}: {error}") from None
 

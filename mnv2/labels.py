@@ -86,6 +86,7 @@ def class_index(
     trained: Sequence[str] | None = None,
     folders: Sequence[str] = (),
     outputs: int | None = None,
+    record: str = "the weights' own record",
 ) -> ClassIndex:
     """Number the classes ``found`` in the data.
 
@@ -99,6 +100,7 @@ def class_index(
         folders: names of the training classes beside the data; where there are any, "folders" numbers these, so that a
             validation set that lacks a class still agrees with training.
         outputs: outputs of the network, where known.
+        record: what tells the ``trained`` classes, in words.
 
     Raises:
         InputError: a class has no number under the rule, or the file can't be used.
@@ -116,7 +118,7 @@ def class_index(
         return _checked(_read_index(rule), f"the file {rule}", found)
     if rule == "trained":
         assert trained is not None
-        return _checked({name: number for number, name in enumerate(trained) if name}, "the weights' own record", found)
+        return _checked({name: number for number, name in enumerate(trained) if name}, record, found)
     if rule == "imagenet":
         return _checked(imagenet, "ImageNet-1k's own order of its WordNet ids", found)
     names = sorted(folders or found)

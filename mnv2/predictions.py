@@ -1,20 +1,23 @@
 """What a network says of each picture, as tensors and as the file of ``validate.py --results``.
 
 The file is CSV in UTF-8 with the heading ``path,label,top1,...,p1,...``: the picture's path below the split's folder,
-the number of its class, the numbers of the classes that the network puts first, and their probabilities.
+the number of its class, the numbers of the classes that the network puts first, and their probabilities. ImageNet's
+classes have ImageNet's numbers, whether or not the network has a background before them.
 """
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .atomic import replacing
 from .errors import InputError, RunError
+from .labels import BACKGROUND_FIRST, imagenet_orders
 
 FIRST = 5  # classes that are kept of each picture
 
@@ -40,6 +43,17 @@ class Predictions:
         rights = right.bincount(minlength=len(pictures)).tolist()
         rows = [(label, count, rights[label]) for label, count in enumerate(pictures) if count]
         return sorted(rows, key=lambda row: (row[2] / row[1], row[0]))
+
+
+def by_imagenets_numbers(predictions: Predictions, classes: Sequence[str]) -> Predictions:
+    """``predictions`` with ImageNet-1k's numbers, where the ``classes`` by number are these behind a background.
+
+    So runs of networks with and without that class, which becomes 1000, can be compared.
+    """
+    if list(classes) != imagenet_orders()[BACKGROUND_FIRST]:
+        return predictions
+    numbers = torch.tensor([len(classes) - 1, *range(len(classes) - 1)])
+    return replace(predictions, labels=numbers[predictions.labels], classes=numbers[predictions.classes])
 
 
 class Prediction(NamedTuple):

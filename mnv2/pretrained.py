@@ -81,9 +81,11 @@ def find(config: NetworkConfig, world: World = ALONE) -> Weights | None:
                 f"{config.pretrained} is a file for some processes, and none on {hosts[there.index(False)]}"
             )
         published = None if there[0] else _published(config, hosts, world)
+        if published is None and not os.path.exists(path := str(config.pretrained)) and path.isalnum():
+            raise InputError(f"expected a file, a folder, or one of {', '.join(sorted(ORIGINS))}, got {path}")
         weights = read(published or str(config.pretrained), ema=getattr(config, "ema", True))
         if published is not None:
-            _check_published(weights)
+            weights = _as_published(weights)
         problem, digest = None, weights.sha256
     except InputError as error:
         problem, digest = f"--pretrained: {error}", ""
@@ -105,14 +107,17 @@ def _is_path(config: NetworkConfig) -> bool:
     return os.path.exists(asked) or not (asked in ORIGINS or by_file_name(asked))
 
 
-def _check_published(weights: Weights) -> None:
-    """Raise InputError where a file with a published one's name is known not to be that."""
+def _as_published(weights: Weights) -> Weights:
+    """``weights`` with the resolution that their name tells; InputError where they are known not to be what it says."""
     source = by_file_name(os.path.basename(weights.path))
-    if source is not None and source.weights.sha256 and not weights.sha256.startswith(source.weights.sha256):
+    if source is None:
+        return weights
+    if source.weights.sha256 and not weights.sha256.startswith(source.weights.sha256):
         raise InputError(
             f"{weights.path} isn't what {source.origin} publishes under that name: expected SHA-256 "
             f"{source.weights.sha256}, got {weights.sha256}; remove it, or name it by its path"
         )
+    return weights if weights.resize is not None else replace(weights, resize=source.resize)
 
 
 def _published(config: NetworkConfig, hosts: Sequence[str], world: World) -> str:
@@ -146,15 +151,16 @@ def _download(config: NetworkConfig) -> str | None:
     folder, asked = weights_folder(config.weights_dir), config.pretrained
     named = by_file_name(asked) if isinstance(asked, str) else None
     offered = [named] if named else [source for source in sources(*_variant(config)) if source.conversion is None]
-    if asked in ORIGINS:
-        offered = [source for source in offered if source.origin == asked]
+    origin = asked if isinstance(asked, str) and asked in ORIGINS else None
+    if origin:
+        offered = [source for source in offered if source.origin == origin]
     if not offered:
-        cause = f"{asked} publishes none that can be read" if asked in ORIGINS else "none is published"
-        return offline_message(*_variant(config), folder, cause)
+        cause = f"{origin} publishes none that can be read" if origin else "none is published"
+        return offline_message(*_variant(config), folder, cause, origin)
     try:
         fetch(offered[0], folder)
     except DownloadError as error:
-        return str(error) if named else offline_message(*_variant(config), folder, error.cause)
+        return str(error) if named else offline_message(*_variant(config), folder, error.cause, origin)
     except (InputError, RunError) as error:
         return str(error)
     return None

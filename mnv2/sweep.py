@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from .engine import Evaluation
 from .errors import InputError
 from .model import VARIANTS
-from .registry import PUBLISHED
+from .registry import PUBLISHED, by_digest
 from .weights import Weights
 
-_ORIGINS = ("Google", "MindSpore", "d-li14")
+_OWN = "this file"  # what its publisher says of the very file
+_ORIGINS = ("Google", "MindSpore", "d-li14", _OWN)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def variants(words: Sequence[str]) -> list[tuple[float, int]]:
     if not words:
         return [(alpha, resize) for alpha, sizes in VARIANTS.items() for resize in sizes]
     found = []
-    for word in words:
+    for word in ",".join(words).split(","):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)_(\d+)", word)
         if match is None:
             raise InputError(f"--sweep: expected variants such as 0.75_192, got {word}")
@@ -51,7 +52,10 @@ def table(rows: Sequence[Row]) -> str:
     """A line a variant: top-1 and top-5 in percent, what was published of it, and what follows from both."""
     lines: list[tuple[str, ...]] = [("variant", "top-1", "top-5", "pictures", *_ORIGINS, "weights")]
     for row in rows:
-        published = PUBLISHED.get((row.alpha, row.resize), {})
+        published = dict(PUBLISHED.get((row.alpha, row.resize), {}))
+        source = by_digest(row.weights.sha256) if row.weights and row.weights.sha256 else None
+        if source is not None:
+            published[_OWN] = source.accuracy
         known = [f"{published[origin].top1:.1f}" if origin in published else "" for origin in _ORIGINS]
         found = ["", "", ""]
         if row.result is not None:

@@ -72,7 +72,8 @@ def read(path: str, *, ema: bool = True) -> Content:
     except InputError:
         raise
     except Exception as error:  # a damaged file can fail anywhere in its reader
-        cause = str(error).partition("\n")[0] or type(error).__name__
+        cause = re.split(r"[\n,;(]|\. ", str(error))[0].strip()
+        cause = cause if " " in cause else type(error).__name__  # some readers give a bare number
         raise InputError(f"{path} is damaged or no file of weights ({cause})") from None
     if layout is None:
         tensors = _plain(path, tensors)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kernels.common import PADDINGS
@@ -120,6 +121,14 @@ class Weights:
                 raise InputError(f"{self.path} holds {name}, which MobileNetV2 doesn't have")
         model.load_state_dict(state)
 
+    def check_apart(self, argument: str, path: str) -> None:
+        """Raise InputError, in the name of ``argument``, where the file ``path`` is one of the weights' own."""
+        own = [self.path]
+        if os.path.isdir(self.path):
+            own = [entry.path for entry in os.scandir(self.path) if os.path.exists(entry.path)]  # no links to nowhere
+        if os.path.exists(path) and any(os.path.samefile(path, file) for file in own):
+            raise InputError(f"{argument}: expected another file than the weights' own, got {path}")
+
     def record(self) -> dict[str, Any]:
         """What is known beside the tensors and the path."""
         return {
@@ -137,8 +146,9 @@ class Weights:
         state = {name: tensor.contiguous() for name, tensor in self.state.items()}
         about = {"format": weight_files.FORMAT, "record": json.dumps(self.record())}
         try:
-            with replacing(path) as temporary:
-                save_file(state, temporary, metadata=about)
+            content = save(state, metadata=about)
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                file.write(content)
         except (OSError, SafetensorError) as error:
             raise RunError(f"can't write {path}: {error}") from None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from kernels.common import PADDINGS
 
+from .atomic import check_place
 from .config import PREPROCESSING
 from .errors import InputError, exit_status
 from .flags import option, parse
@@ -26,7 +27,7 @@ class InspectConfig:
     """What is told of a file."""
 
     file: str = option(None, _ANY, positional=True, metavar="FILE")
-    tensors: bool = option(False, "list names, shapes and types too")
+    tensors: bool = option(False, "list names, shapes and types too", action="store_true")
     ema: bool = option(True, "take a checkpoint's averaged weights where it has them")
 
 
@@ -98,6 +99,7 @@ def convert(config: ConvertConfig) -> None:
     """
     if os.path.lexists(config.destination):
         raise InputError(f"DST: expected a new file, and {config.destination} exists")
+    check_place("DST", config.destination)
     weights = read(config.source, ema=config.ema)
     given = {name: getattr(config, name) for name in _OVERRIDES if getattr(config, name) is not None}
     weights = replace(weights, **given, assumed=tuple(name for name in weights.assumed if name not in given))

@@ -21,7 +21,8 @@ from mnv2.distributed import World
 from mnv2.engine import Evaluation, evaluate, ranks
 from mnv2.errors import InputError, RunError
 from mnv2.files import list_pictures
-from mnv2.predictions import Prediction, Predictions, first_classes, read, write
+from mnv2.labels import imagenet_classes
+from mnv2.predictions import Prediction, Predictions, by_imagenets_numbers, first_classes, read, write
 
 SMALL = ["--alpha", "0.35", "--resize", "32", "--batch_size", "4"]
 HEADING = "path,label,top1,top2,p1,p2\n"
@@ -259,3 +260,28 @@ def test_results_are_the_same_bytes_for_one_process_and_two(photos, tmp_path, ca
     assert sum(int(row[2]) for row in table) == right
     shares = [float(row[3].rstrip("%")) for row in table]
     assert shares == sorted(shares)
+
+
+def test_networks_with_a_background_are_compared_by_imagenets_numbers():
+    predictions = Predictions(torch.tensor([1, 1000]), torch.tensor([[1, 0], [1000, 5]]), torch.ones(2, 2))
+    background_first = ["background", *(identifier for identifier, _ in imagenet_classes())]
+    found = by_imagenets_numbers(predictions, background_first)
+    assert (found.labels.tolist(), found.classes.tolist()) == ([0, 999], [[0, 1000], [999, 4]])
+    assert by_imagenets_numbers(predictions, background_first[1:]) is predictions
+
+
+def test_another_numbering_than_the_weights_is_told(photos, weights, capsys):
+    words = [*SMALL, "--data_url", photos, "--pretrained", weights, "--class_index"]
+    (index := weights.parent / "index.txt").write_text("bee\nant\ncat\n")
+    assert validate.main([*map(str, words), str(index)]) == 0
+    assert "--class_index: bee is 0 here, and 1 for the weights: mind the accuracy" in capsys.readouterr().out
+    assert validate.main([*map(str, words), "auto"]) == 0
+    assert "for the weights" not in capsys.readouterr().out
+
+
+def test_results_do_not_replace_the_weights(photos, weights, capsys):
+    before = weights.read_bytes()
+    words = [*SMALL, "--data_url", photos, "--pretrained", weights, "--results", weights]
+    assert validate.main(list(map(str, words))) == 1
+    assert f"--results: expected another file than the weights' own, got {weights}" in capsys.readouterr().err
+    assert weights.read_bytes() == before

@@ -278,9 +278,9 @@ def test_real_photographs_are_predicted_as_expected(test_data, capsys):
 
 
 def test_the_module_is_a_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["predict", "x.jpg", "--pretrained", "y", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["predict", "x.jpg", "--pretrained", "y.pt", "--device", "cpu"])
     monkeypatch.delitem(sys.modules, "mnv2.predict")
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("mnv2.predict", run_name="__main__")
     assert ended.value.code == 1
-    assert capsys.readouterr() == ("", "mnv2.predict: --pretrained: can't read y: No such file or directory\n")
+    assert capsys.readouterr() == ("", "mnv2.predict: --pretrained: can't read y.pt: No such file or directory\n")

@@ -12,7 +12,7 @@ from processes import finish, start
 from safetensors.torch import save_file
 from samples import in_layout, save_weights
 
-from mnv2 import MobileNetV2, pretrained, weights
+from mnv2 import MobileNetV2, fold, pretrained, weights
 from mnv2.config import OPEN, ValidateConfig
 from mnv2.errors import InputError
 from mnv2.pretrained import build, find, follow
@@ -226,6 +226,35 @@ def test_what_has_a_published_name_is_what_was_published(model, tmp_path):
     assert find(replace(wanted, pretrained=str(path))).path == str(path)
 
 
+def test_a_published_name_tells_the_resolution(model, tmp_path):
+    path = tmp_path / "mobilenet_v2_0.35_96.ckpt"
+    torch.save(model.state_dict(), path)
+    found = find(config(pretrained=path.name, weights_dir=str(tmp_path)))
+    assert found.resize == 96
+    said = []
+    follow(config(), found, said.append)
+    assert said == [f"--resize 224 goes, where {path} was trained with 96"]
+
+
+def test_origins_are_told_where_a_word_is_none(tmp_path):
+    with pytest.raises(InputError, match="expected a file, a folder, or one of d-li14, keras, .*, got Timm$"):
+        find(config(pretrained="Timm"))
+    with pytest.raises(InputError, match=r"alpha 0.5 at 96 px .*\(keras publishes|can't download") as caught:
+        find(config(pretrained="keras", alpha=0.5, resize=96, weights_dir=str(tmp_path)))
+    assert "mindspore" not in str(caught.value)
+
+
+def test_files_of_ours_may_be_read_by_others(model, tmp_path):
+    old = os.umask(0o022)
+    try:
+        weights.Weights("x", contiguous(model), alpha=0.35).save(str(tmp_path / "a"))
+        fold(model).save(str(tmp_path / "b"))
+    finally:
+        os.umask(old)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o644, 0o644]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
 SEVERAL = """
 import os, sys, torch
 from mnv2 import pretrained
@@ -247,7 +276,7 @@ with world("cpu") as here:
     os.chdir(os.path.join(folder, str(here.rank)))
     lines += here.gather(told(pretrained="mobilenet_v2-7ebf99e0.pth"))
     lines += here.gather(told(pretrained="other"))
-    lines += here.gather(told(pretrained="own"))
+    lines += here.gather(told(pretrained="own.pt"))
     here.print("\\n".join(lines))
 """
 
@@ -259,7 +288,7 @@ def test_processes_find_the_same_or_nothing(model, tmp_path):
     for rank in "01":
         (tmp_path / rank).mkdir()
         torch.save(MobileNetV2(0.35, 3 + int(rank)).state_dict(), tmp_path / rank / "other")
-    for name in ("own", "mobilenet_v2-7ebf99e0.pth"):
+    for name in ("own.pt", "mobilenet_v2-7ebf99e0.pth"):
         torch.save(model.state_dict(), tmp_path / "0" / name)
     done = finish(start(tmp_path / "several.py", tmp_path, tmp_path / "state.pt", processes=2))
     assert [one.returncode for one in done] == [0, 0], done[0].stderr
@@ -270,7 +299,7 @@ def test_processes_find_the_same_or_nothing(model, tmp_path):
     assert "7ebf99e0.pth is a file for some processes, and none on" in a
     assert c == d
     assert "expected the same weights for all processes" in c
-    assert e == f == "--pretrained: can't read own: No such file or directory"
+    assert e == f == "--pretrained: can't read own.pt: No such file or directory"
 
 
 def test_a_published_file_is_known_again(model, tmp_path, monkeypatch):
