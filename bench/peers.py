@@ -83,18 +83,20 @@ def _timm(model: MobileNetV2) -> nn.Module:
     )
 
 
-def _transformers(model: MobileNetV2) -> nn.Module:
+def transformers_network(alpha: float, padding: str, norm_eps: float, num_classes: int) -> nn.Module:
+    """Transformers' network, which returns logits among other things."""
     if importlib.util.find_spec("torchvision") is not None:  # it takes it where it is there
         import_torchvision()
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
     config = MobileNetV2Config(
-        depth_multiplier=model.alpha,
-        tf_padding=model.padding == "same",
-        layer_norm_eps=model.norm_eps,
-        num_labels=model.num_classes,
+        depth_multiplier=alpha, tf_padding=padding == "same", layer_norm_eps=norm_eps, num_labels=num_classes
     )
-    return _Logits(MobileNetV2ForImageClassification(config))
+    return MobileNetV2ForImageClassification(config)
+
+
+def _transformers(model: MobileNetV2) -> nn.Module:
+    return _Logits(transformers_network(model.alpha, model.padding, model.norm_eps, model.num_classes))
 
 
 PEERS: dict[str, Callable[[MobileNetV2], nn.Module]] = {"timm": _timm, "transformers": _transformers}

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from .errors import InputError
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import InputError, RunError
 
 
 def check_place(argument: str, path: str) -> None:
@@ -34,3 +38,18 @@ def replacing(path: str) -> Iterator[str]:
     finally:
         with suppress(OSError):
             os.unlink(temporary)
+
+
+def write_safetensors(path: str, state: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write ``state`` to the safetensors file ``path``, all of it or nothing.
+
+    Raises:
+        RunError: it can't be written; what was there before still is.
+    """
+    try:
+        # safetensors' own writer would leave a file that its owner alone may read.
+        content = save({name: tensor.contiguous() for name, tensor in state.items()}, metadata=metadata)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            file.write(content)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"can't write {path}: {error}") from None

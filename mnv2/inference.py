@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from kernels import PackedBlock, common, conv_relu6_mean, reference
@@ -21,8 +20,8 @@ from kernels.head_inference import conv_relu6_mean_launch, why_torch_head
 from kernels.warmup import compile_ahead
 
 from . import onednn
-from .atomic import replacing
-from .errors import InputError, RunError
+from .atomic import write_safetensors
+from .errors import InputError
 from .model import LayerShape, layer_shapes
 
 if TYPE_CHECKING:
@@ -313,13 +312,7 @@ class InferenceNetwork(nn.Module):
         metadata = {"format": FORMAT, "network": json.dumps(network)}
         if about is not None:
             metadata["about"] = json.dumps(about)
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        try:
-            content = save(state, metadata=metadata)
-            with replacing(path) as temporary, open(temporary, "wb") as file:
-                file.write(content)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"can't write {path}: {error}") from None
+        write_safetensors(path, self.state_dict(), metadata)
 
     @classmethod
     def load(cls, path: str, *, backend: str | None = None) -> InferenceNetwork:

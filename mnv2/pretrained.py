@@ -64,8 +64,8 @@ def follow(config: ConfigT, weights: Weights | None, say: Callable[[str], None] 
 def find(config: NetworkConfig, world: World = ALONE) -> Weights | None:
     """The weights that ``--pretrained`` asks for.
 
-    None for False; a file or folder by its path; for True the best that is published of ``--alpha`` and ``--resize``,
-    for the name of an origin that one's, for a published file's name that file: from the weights folder, where one
+    None for False; a file or folder by its path; for True the first of ``registry.sources`` that can be read, for an
+    origin's name the first of that one's, for a published file's name that file: from the weights folder, where one
     process of each machine of ``world`` puts it, if it isn't there yet and there is a network.
 
     Raises:

@@ -22,16 +22,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor
 
 from kernels.common import PADDINGS
 
 from . import weight_files
-from .atomic import replacing
+from .atomic import write_safetensors
 from .config import OPEN, PREPROCESSING
-from .errors import InputError, RunError
+from .errors import InputError
 from .labels import IMAGENET, imagenet_orders
 from .layouts import LAYOUTS, TORCHVISION, Layout, layout_of
 from .model import VARIANTS, MobileNetV2, layer_shapes
@@ -143,14 +141,7 @@ class Weights:
         Raises:
             RunError: it can't be written; what was there before still is.
         """
-        state = {name: tensor.contiguous() for name, tensor in self.state.items()}
-        about = {"format": weight_files.FORMAT, "record": json.dumps(self.record())}
-        try:
-            content = save(state, metadata=about)
-            with replacing(path) as temporary, open(temporary, "wb") as file:
-                file.write(content)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"can't write {path}: {error}") from None
+        write_safetensors(path, self.state, {"format": weight_files.FORMAT, "record": json.dumps(self.record())})
 
 
 def classes_in_words(classes: Sequence[str] | None) -> str:

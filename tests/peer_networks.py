@@ -59,20 +59,10 @@ def timm(variant: Variant) -> Network:
 
 
 def transformers(variant: Variant) -> Network:
-    from bench.peers import import_torchvision
+    from bench.peers import transformers_network
 
-    if importlib.util.find_spec("torchvision") is not None:  # it takes it where it is there
-        import_torchvision()
-    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
-
-    config = MobileNetV2Config(
-        depth_multiplier=variant.alpha,
-        tf_padding=variant.padding == "same",
-        layer_norm_eps=variant.norm_eps,
-        num_labels=variant.classes,
-    )
-    module = MobileNetV2ForImageClassification(config)
-    kept = {name: value for name, value in config.to_dict().items() if name not in ("id2label", "label2id")}
+    module = transformers_network(variant.alpha, variant.padding, variant.norm_eps, variant.classes)
+    kept = {name: value for name, value in module.config.to_dict().items() if name not in ("id2label", "label2id")}
     return replace(_of_torch(module, lambda out: out.logits), save={"": module.save_pretrained}, config=kept)
 
 
